@@ -1,0 +1,238 @@
+"""How to run a model: EngineConfig and ServerConfig, one field = one flag.
+
+Configs are frozen; `EngineConfig.resolve` settles every "auto" and returns a new one. A value that cannot work is one
+sentence that names it, the limit and the remedy. This is the only file that may read os.environ (it needs nothing).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from hetero_glm5.flags import ConfigError, Flags, flag
+from hetero_glm5.model_config import ModelConfig
+
+KT_METHODS = {  # --kt-method, under this project's name and under KTransformers' names
+    "auto": "auto",
+    "FP32": "FP32",
+    "BF16": "BF16",
+    "FP8": "FP8",
+    "FP8_BLOCK": "FP8",
+    "INT8": "INT8",
+    "AMXINT8": "INT8",
+    "MOE_INT8": "INT8",
+    "INT4": "INT4",
+    "AMXINT4": "INT4",
+    "RAWINT4": "INT4",
+    "GPTQ_INT4": "INT4",
+}
+PLACEMENTS = ("uniform", "front-loading", "random", "frequency")
+ATTENTION_BACKENDS = ("auto", "torch", "triton", "flashinfer", "fa3", "flashmla", "dsa", "nsa")
+KV_DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp8_e4m3": "fp8_e4m3"}
+
+
+@dataclass(frozen=True)
+class EngineConfig(Flags):
+    """How to run a model. One field = one flag of the launch script and one keyword of LLM()."""
+
+    model: str = flag("", "checkpoint folder in Hugging Face format", names="--model --model-path")
+    device: str = flag("auto", "where attention and device experts run", choices=("auto", "cuda", "cpu"))
+    dtype: str = flag("bfloat16", "compute and weight type outside the experts", choices=("bfloat16", "float32"))
+    trust_remote_code: bool = flag(False, "accepted; nothing from a checkpoint is ever executed")
+    latent_norm_eps: float | None = flag(
+        None, "epsilon of the q and kv latent norms; default: the model's rms_norm_eps", at_least=0
+    )
+
+    kt_weight_path: str | None = flag(None, "checkpoint folder to read the routed experts from; default: --model")
+    kt_method: str = flag("auto", "weight format of the host experts", choices=tuple(KT_METHODS))
+    kt_cpuinfer: int = flag(0, "threads for the host experts; 0 = all physical cores", at_least=0)
+    kt_threadpool_count: int = flag(1, "NUMA pools for the host experts", at_least=1)
+    kt_numa_nodes: tuple[int, ...] | None = flag(None, "NUMA nodes of the host experts; default: all")
+    kt_num_gpu_experts: int = flag(0, "experts for each MoE layer held on the device", at_least=0)
+    kt_gpu_experts_ratio: float | None = flag(
+        None, "share of all routed experts held on the device, 0..1; overrides --kt-num-gpu-experts", at_least=0
+    )
+    kt_expert_placement_strategy: str = flag("uniform", "which experts start on the device", choices=PLACEMENTS)
+    init_expert_location: str | None = flag(
+        None, "routing counts for --kt-expert-placement-strategy frequency (.safetensors or .pt with logical_count)"
+    )
+    kt_gpu_prefill_token_threshold: str = flag(
+        "0", "tokens from which a prefill streams experts to the GPU: a number, auto, or 0 = never"
+    )
+    kt_enable_dynamic_expert_update: bool = flag(False, "move experts between tiers by routing statistics")
+    kt_max_deferred_experts_per_token: int = flag(0, "host experts added one layer later; 0 = none", at_least=0)
+    record_kt_gpu_expert_distribution: bool = flag(False, "record which experts the device tier holds")
+
+    max_total_tokens: int | None = flag(None, "tokens in the KV pool; default: what memory allows", at_least=1)
+    context_length: int | None = flag(
+        None, "longest sequence in tokens, at most the model's own; default: what the KV pool holds", at_least=2
+    )
+    mem_fraction_static: float = flag(0.85, "share of device memory for weights, device experts and the KV pool")
+    kv_cache_dtype: str = flag("auto", "type of the cached latents and keys", choices=tuple(KV_DTYPES))
+    page_size: int = flag(64, "tokens in a page of the KV pool", at_least=1)
+    chunked_prefill_size: int = flag(2048, "tokens computed in one step at most", at_least=1)
+    enable_mixed_chunk: bool = flag(True, "decode rows ride along with prefill chunks")
+    max_running_requests: int = flag(16, "requests computed together", at_least=1)
+    max_queued_requests: int = flag(256, "requests waiting; one more is refused", at_least=1)
+
+    attention_backend: str = flag("auto", "attention implementation", choices=ATTENTION_BACKENDS)
+    fp8_gemm_backend: str = flag("auto", "accepted; there is one implementation")
+    tensor_parallel_size: int = flag(1, "1: one device", names="--tensor-parallel-size --tp-size --tp", at_least=1)
+    enable_p2p_check: bool = flag(False, "accepted; there is no peer device")
+    disable_shared_experts_fusion: bool = flag(False, "accepted; the shared expert is never fused with routed ones")
+
+    speculative_algorithm: str = flag("none", "draft tokens ahead", choices=("none", "EAGLE", "MTP"))
+    speculative_num_steps: int | None = flag(None, "draft steps", at_least=0)
+    speculative_eagle_topk: int | None = flag(None, "draft tokens tried at each step; 1 only", at_least=1)
+    speculative_num_draft_tokens: int | None = flag(None, "tokens verified at once", at_least=1)
+    speculative_config_method: str | None = flag(
+        None, "vLLM's spelling of --speculative-algorithm", names="--speculative-config.method", choices=("mtp",)
+    )
+    speculative_config_num_speculative_tokens: int | None = flag(
+        None, "vLLM's spelling of the draft depth", names="--speculative-config.num_speculative_tokens", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.mem_fraction_static < 1:
+            raise ConfigError(f"--mem-fraction-static is {self.mem_fraction_static}; it must lie between 0 and 1.")
+        if self.kt_gpu_experts_ratio is not None and not self.kt_gpu_experts_ratio <= 1:
+            raise ConfigError(f"--kt-gpu-experts-ratio is {self.kt_gpu_experts_ratio}; it must lie between 0 and 1.")
+        threshold = self.kt_gpu_prefill_token_threshold
+        if threshold != "auto" and not threshold.isdigit():
+            raise ConfigError(f"--kt-gpu-prefill-token-threshold is {threshold!r}; it must be a number, auto or 0.")
+        if self.kt_expert_placement_strategy == "frequency" and self.init_expert_location is None:
+            raise ConfigError(
+                "--kt-expert-placement-strategy frequency needs routing counts: give --init-expert-location FILE."
+            )
+        if self.init_expert_location is not None and self.kt_expert_placement_strategy != "frequency":
+            raise ConfigError(
+                "--init-expert-location has no effect with --kt-expert-placement-strategy "
+                f"{self.kt_expert_placement_strategy}: use frequency or leave it out."
+            )
+        self._refuse_unbuilt()
+
+    def _refuse_unbuilt(self) -> None:
+        """Flags whose feature this version does not have: refused, never ignored."""
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"--tensor-parallel-size is {self.tensor_parallel_size}; hetero_glm5 drives one device. Use 1."
+            )
+        if KT_METHODS[self.kt_method] in ("INT8", "INT4"):
+            raise ConfigError(
+                f"--kt-method {self.kt_method}: integer expert formats are not built in this version. "
+                "Use auto, BF16 or FP8."
+            )
+        if self.kv_cache_dtype == "fp8_e4m3":
+            raise ConfigError("--kv-cache-dtype fp8_e4m3 is not built in this version. Use auto or bf16.")
+        if self.kt_max_deferred_experts_per_token:
+            raise ConfigError(
+                f"--kt-max-deferred-experts-per-token {self.kt_max_deferred_experts_per_token}: deferral is not built "
+                "in this version. Use 0."
+            )
+        if self.record_kt_gpu_expert_distribution:
+            raise ConfigError("--record-kt-gpu-expert-distribution is not built in this version. Leave it out.")
+        drafting = [f"--{name.replace('_', '-')}" for name in _SPECULATIVE if getattr(self, name) not in (None, "none")]
+        if drafting:
+            raise ConfigError(f"{drafting[0]}: speculative decoding is not built in this version. Leave it out.")
+
+    def resolve(
+        self, model: ModelConfig, *, cuda: bool, cores: int, numa_nodes: tuple[int, ...]
+    ) -> tuple[EngineConfig, list[str]]:
+        """Settles every "auto" for this model and machine.
+
+        Returns the settled config and one sentence for each flag that means something else, or nothing, here.
+        """
+        notes: list[str] = []
+        if self.device == "cuda" and not cuda:
+            raise ConfigError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver.")
+        device = "cuda" if self.device != "cpu" and cuda else "cpu"
+        method = KT_METHODS[self.kt_method]
+        if method == "auto":
+            method = "FP32" if self.dtype == "float32" else "FP8" if model.fp8 else "BF16"
+        elif method != self.kt_method:
+            notes.append(f"--kt-method {self.kt_method} means {method} here.")
+        if method == "FP8" and not model.fp8:
+            raise ConfigError(
+                "--kt-method FP8 takes the experts of an FP8 checkpoint as they are, and this checkpoint is not FP8. "
+                "Use auto or BF16, or the FP8 checkpoint."
+            )
+        threads = min(self.kt_cpuinfer or cores, cores)
+        if self.kt_cpuinfer > cores:
+            notes.append(f"--kt-cpuinfer {self.kt_cpuinfer}: this process may use {cores} physical cores; using them.")
+        self._check_nodes(numa_nodes, notes)
+        self._check_gpu_flags(device, notes)
+        if self.kt_num_gpu_experts > model.n_routed_experts:
+            raise ConfigError(
+                f"--kt-num-gpu-experts is {self.kt_num_gpu_experts}; a layer of this model has "
+                f"{model.n_routed_experts} experts."
+            )
+        if self.context_length is not None and self.context_length > model.max_position_embeddings:
+            raise ConfigError(
+                f"--context-length is {self.context_length}; this model was made for "
+                f"{model.max_position_embeddings} positions."
+            )
+        kv = KV_DTYPES[self.kv_cache_dtype]
+        settled = dataclasses.replace(
+            self,
+            device=device,
+            kt_method=method,
+            kt_cpuinfer=threads,
+            kv_cache_dtype=self.dtype if kv == "auto" else kv,
+        )
+        return settled, notes
+
+    def _check_nodes(self, numa_nodes: tuple[int, ...], notes: list[str]) -> None:
+        if self.kt_numa_nodes is not None and set(self.kt_numa_nodes) != set(numa_nodes):
+            raise ConfigError(
+                f"--kt-numa-nodes {' '.join(map(str, self.kt_numa_nodes))}: this process may use NUMA nodes "
+                f"{' '.join(map(str, numa_nodes))}, and this version uses all of them. Leave the flag out."
+            )
+        if self.kt_threadpool_count > 1:
+            notes.append(
+                f"--kt-threadpool-count {self.kt_threadpool_count}: one pool serves the {len(numa_nodes)} NUMA "
+                "node(s) of this machine; experts are not divided by node in this version."
+            )
+
+    def _check_gpu_flags(self, device: str, notes: list[str]) -> None:
+        gpu_only = []
+        if self.kt_gpu_prefill_token_threshold != "0":
+            gpu_only.append(f"--kt-gpu-prefill-token-threshold {self.kt_gpu_prefill_token_threshold}")
+        if self.kt_enable_dynamic_expert_update:
+            gpu_only.append("--kt-enable-dynamic-expert-update")
+        for name in gpu_only:
+            if device == "cuda":
+                raise ConfigError(f"{name}: experts do not move between tiers in this version. Leave it out.")
+            notes.append(f"{name} has no effect with --device cpu: both tiers are the same memory.")
+        if self.attention_backend not in ("auto", "torch"):
+            notes.append(f"--attention-backend {self.attention_backend}: attention runs in torch in this version.")
+        if self.fp8_gemm_backend != "auto":
+            notes.append(f"--fp8-gemm-backend {self.fp8_gemm_backend}: dense layers are dequantised when read.")
+        if self.trust_remote_code:
+            notes.append("--trust-remote-code: nothing from a checkpoint is ever executed.")
+        if self.enable_p2p_check:
+            notes.append("--enable-p2p-check has no effect with one device.")
+        if self.disable_shared_experts_fusion:
+            notes.append("--disable-shared-experts-fusion: the shared expert is never fused with routed ones.")
+
+
+_SPECULATIVE = tuple(f.name for f in dataclasses.fields(EngineConfig) if f.name.startswith("speculative_"))
+
+
+@dataclass(frozen=True)
+class ServerConfig(Flags):
+    """Where and how the HTTP server listens."""
+
+    host: str = flag("127.0.0.1", "address to listen on")
+    port: int = flag(30000, "port to listen on; 0 = any free one", at_least=0)
+    served_model_name: str | None = flag(None, "the model's name in the API; default: the folder's name")
+    api_key: str | None = flag(None, "require this key (Authorization: Bearer, or x-api-key)")
+    reasoning_parser: str | None = flag(None, "separate reasoning from content", choices=("glm45",))
+    tool_call_parser: str | None = flag(None, "turn tool-call text into tool_calls", choices=("glm47",))
+    enable_auto_tool_choice: bool = flag(False, "accepted; tool_choice auto is always on with --tool-call-parser")
+    watchdog_timeout: float = flag(300.0, "seconds without progress after which the server gives up", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.port > 65535:
+            raise ConfigError(f"--port is {self.port}; it must be at most 65535.")

@@ -1,0 +1,187 @@
+"""The engine: one `step` computes one batch. One thread owns an engine; two engines can live in one process."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from hetero_glm5 import hardware
+from hetero_glm5.config import EngineConfig
+from hetero_glm5.core import LoadProgress, RequestError, SamplingParams, Sequence, TokenEvent, no_clock
+from hetero_glm5.engine.kv_cache import PagePool
+from hetero_glm5.engine.runner import Runner
+from hetero_glm5.engine.sampler import sample
+from hetero_glm5.engine.scheduler import Scheduler
+from hetero_glm5.engine.stopping import Detokenizer, Stopping
+from hetero_glm5.experts.cpu_tier import HostPool
+from hetero_glm5.experts.tiers import ExpertTiers, load_tiers
+from hetero_glm5.model.glm5 import GLM5
+from hetero_glm5.model.state import Cache, Clocked, cache_bytes_per_token
+from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.placement.memory import Limits, MemoryPlan, Needs, plan_memory
+from hetero_glm5.placement.policy import place, slots
+from hetero_glm5.placement.stats import load_counts
+from hetero_glm5.weights.load import ModelWeights, Report, dense_bytes
+from hetero_glm5.weights.quantize import ExpertLayout
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Made by Engine.load. `clock` may be set to a core.Clock to measure the parts of each step."""
+
+    def __init__(self, config: EngineConfig, runner: Runner, scheduler: Scheduler, tiers: ExpertTiers):
+        self.config, self.runner, self.scheduler, self.tiers = config, runner, scheduler, tiers
+        self.model_config: ModelConfig = runner.model.config
+        self.clock: Clocked = no_clock
+
+    def step(self) -> list[TokenEvent]:
+        """Computes the next batch and returns an event for each sequence that got a token."""
+        batch = self.scheduler.schedule()
+        if not batch:
+            return []
+        logits = self.runner.forward(batch, self.clock)
+        with self.clock("sampling"):
+            tokens = sample(logits, batch)
+        return self.scheduler.commit(batch, tokens)
+
+    def add(self, tokens: list[int], params: SamplingParams, *, logits: bool = False) -> Sequence:
+        """Queues a prompt. Raises RequestError or QueueFull. With `logits`, seq.logits collects those of the prompt."""
+        self._check(tokens, params)
+        seq = Sequence(list(tokens), params, len(tokens), logits=[] if logits else None)
+        self.scheduler.add(seq)
+        return seq
+
+    def _check(self, tokens: list[int], params: SamplingParams) -> None:
+        vocab = self.model_config.vocab_size
+        if not tokens:
+            raise RequestError("the prompt is empty; it needs at least one token.", "prompt")
+        wrong = next((t for t in tokens if not 0 <= t < vocab), None)
+        if wrong is not None:
+            raise RequestError(f"the prompt holds token id {wrong}; ids lie between 0 and {vocab - 1}.", "prompt")
+        room = self.context_length - len(tokens)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens; the context length is {self.context_length}, of which one must "
+                "be left for the answer. Shorten the prompt, or start with a larger --context-length or "
+                "--max-total-tokens.",
+                "prompt",
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise RequestError(
+                f"max_tokens is {params.max_tokens}, but a prompt of {len(tokens)} tokens leaves {room} of the context "
+                f"length {self.context_length}.",
+                "max_tokens",
+            )
+        if params.stop and self.scheduler.stopping.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; use stop_token_ids.", "stop")
+
+    def abort(self, seq: Sequence) -> None:
+        """Ends a sequence and frees its pages; nothing more is heard of it."""
+        self.scheduler.abort(seq)
+
+    @property
+    def context_length(self) -> int:
+        return self.scheduler.stopping.context_length
+
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def close(self) -> None:
+        self.tiers.close()
+
+    @classmethod
+    def load(
+        cls, config: EngineConfig, tokenizer: Detokenizer | None = None, progress: Report = lambda progress: None
+    ) -> Engine:
+        """Reads the checkpoint, places the experts, sizes the KV pool. Raises UserError, if it can before reading."""
+        if not config.model:
+            raise RequestError("--model is missing: give a checkpoint folder in Hugging Face format.", "model")
+        progress(LoadProgress("reading headers"))
+        model_config = ModelConfig.load(config.model)
+        if config.latent_norm_eps is not None:
+            model_config = replace(model_config, latent_norm_eps=config.latent_norm_eps)
+        machine = hardware.probe()
+        config, notes = config.resolve(
+            model_config, cuda=machine.cuda, cores=machine.cores, numa_nodes=machine.numa_nodes
+        )
+        for note in notes:
+            log.info(note)
+        source = ModelWeights(model_config, config.model, experts_folder=config.kt_weight_path, report=progress)
+        try:
+            return cls._load(config, source, machine, tokenizer)
+        finally:
+            source.close()
+
+    @classmethod
+    def _load(
+        cls, config: EngineConfig, source: ModelWeights, machine: hardware.Hardware, tokenizer: Detokenizer | None
+    ) -> Engine:
+        model_config, dtype = source.config, getattr(torch, config.dtype)
+        layout = ExpertLayout(config.kt_method, model_config.hidden_size, model_config.moe_intermediate_size)
+        slot_of = _placement(config, model_config)
+        memory = _memory(config, model_config, layout, machine, int(slot_of.max()) + 1)
+        for line in memory.report():
+            log.info(line)
+
+        pool = HostPool(threads=config.kt_cpuinfer)
+        log.info("%s: host experts %s on %d threads, ISA %s", machine.cpu, config.kt_method, pool.threads, pool.isa)
+        model = GLM5(model_config, source.getter(dtype, config.device))
+        tiers = load_tiers(source, layout, slot_of, device=config.device, pool=pool)
+        cache = Cache.allocate(
+            model_config, memory.kv_tokens, dtype=getattr(torch, config.kv_cache_dtype), device=config.device
+        )
+        pages = PagePool(memory.kv_tokens // config.page_size, config.page_size)
+        wanted = config.context_length or model_config.max_position_embeddings
+        context_length = min(wanted, memory.kv_tokens)
+        if context_length < wanted:
+            log.info("context length %d: that is what the KV pool holds", context_length)
+        stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
+        runner = Runner(model, tiers, cache, config.page_size)
+        return cls(config, runner, Scheduler(config, pages, stopping), tiers)
+
+
+def _placement(config: EngineConfig, model: ModelConfig):
+    """slot_of [num_layers, experts] for the strategy and budget that the flags name."""
+    layers, experts = len(model.moe_layers), model.n_routed_experts
+    budget = config.kt_num_gpu_experts * layers
+    if config.kt_gpu_experts_ratio is not None:
+        budget = int(config.kt_gpu_experts_ratio * layers * experts)
+    counts = None
+    if config.init_expert_location is not None:
+        counts = load_counts(config.init_expert_location, model.moe_layers, model.num_hidden_layers, experts)
+    chosen = place(config.kt_expert_placement_strategy, layers, experts, budget, counts)
+    return slots(chosen, model.moe_layers, model.num_hidden_layers)
+
+
+def _memory(
+    config: EngineConfig, model: ModelConfig, layout: ExpertLayout, machine: hardware.Hardware, on_device: int
+) -> MemoryPlan:
+    gpu = config.device == "cuda"
+    needs = Needs(
+        dense=dense_bytes(model, getattr(torch, config.dtype)),
+        expert=layout.blob_bytes,
+        device_experts=on_device,
+        host_experts=len(model.moe_layers) * model.n_routed_experts - on_device,
+        kv_token=cache_bytes_per_token(model, getattr(torch, config.kv_cache_dtype)),
+    )
+    limits = Limits(
+        device=machine.gpu_free if gpu else machine.ram_available,
+        host=machine.ram_available,
+        shared=not gpu,
+        fraction=config.mem_fraction_static,
+    )
+    context = config.context_length or model.max_position_embeddings
+    most = context * config.max_running_requests
+    return plan_memory(needs, limits, wanted_tokens=config.max_total_tokens, most_tokens=most, page=config.page_size)

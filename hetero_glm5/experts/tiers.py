@@ -1,0 +1,91 @@
+"""The two tiers of routed experts as one callable.
+
+slot_of[layer, expert] (-1 = host) is the only description of where an expert is. Each call splits a step's top-k by it,
+starts the host part, runs the device part, and returns a function that waits for the host and adds the two. With a CUDA
+device the host part runs on the pool's own threads meanwhile; on a CPU device both tiers are the same cores, so it runs
+at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_glm5.core import no_clock
+from hetero_glm5.experts.cpu_tier import CpuExperts, HostPool
+from hetero_glm5.experts.gpu_tier import GpuExperts
+from hetero_glm5.weights.load import ModelWeights
+from hetero_glm5.weights.quantize import ExpertLayout, PackedExperts
+
+LOADERS = 4  # experts read and packed at a time; each holds one unpacked expert (72 MiB in BF16)
+
+
+class ExpertTiers:
+    """`host[layer]` for layers with experts on the host; `slot_of` int [layers, experts]."""
+
+    def __init__(self, host: dict[int, CpuExperts], device: GpuExperts, slot_of: np.ndarray, pool: HostPool):
+        self.host, self.device, self.pool = host, device, pool
+        self.slot_of = torch.from_numpy(slot_of).to(device.slots.device)
+        self._on_device = (slot_of >= 0).any(axis=1)
+        self._overlap = device.slots.device.type != "cpu"
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock=no_clock) -> Callable[[], Tensor]:
+        """x [T, hidden], ids int64 [T, k], weights fp32 [T, k]. Returns join() → Σ_k w·E_k(x), fp32 [T, hidden]."""
+        slots = self.slot_of[layer][ids]
+        pending = None
+        if layer in self.host:
+            with clock("host_experts"):
+                pending = self._start_host(layer, x, ids.masked_fill(slots >= 0, -1), weights)
+        on_device = None
+        if self._on_device[layer]:
+            with clock("device_experts"):
+                on_device = self.device(x, slots, weights)
+
+        def join() -> Tensor:
+            if pending is None:
+                return on_device
+            with clock("host_experts"):
+                on_host = pending().to(x.device)
+            return on_host if on_device is None else on_host + on_device
+
+        return join
+
+    def _start_host(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+        if not self._overlap:
+            y = self.host[layer](x, ids, weights)
+            return lambda: y
+        return self.host[layer].submit(x.cpu(), ids.cpu(), weights.cpu()).wait
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def load_tiers(
+    source: ModelWeights, layout: ExpertLayout, slot_of: np.ndarray, *, device: str, pool: HostPool
+) -> ExpertTiers:
+    """Reads every routed expert once and packs it where `slot_of` puts it; the host keeps no copy of device experts."""
+    tier = GpuExperts(layout, int(slot_of.max()) + 1, device)
+    experts = range(slot_of.shape[1])
+    host: dict[int, CpuExperts] = {}
+
+    def place(packed: PackedExperts, layer: int, expert: int) -> None:
+        gate, up, down, scales = source.expert(layer, expert)
+        slot = slot_of[layer, expert]
+        blob = packed.blob(expert) if slot < 0 else torch.empty(layout.blob_bytes, dtype=torch.uint8)
+        layout.pack_into(blob, gate, up, down, scales)
+        if slot >= 0:
+            tier.slots[slot].copy_(blob)
+
+    with ThreadPoolExecutor(LOADERS) as loaders:
+        for layer in (i for i in source.layers if source.config.is_sparse(i)):
+            resident = [e for e in experts if slot_of[layer, e] < 0]
+            packed = PackedExperts.allocate(layout, len(experts), resident)
+            for _ in loaders.map(lambda e, packed=packed, layer=layer: place(packed, layer, e), experts):
+                source.tell("experts")
+            if resident:
+                host[layer] = CpuExperts(packed, pool=pool)
+    return ExpertTiers(host, tier, slot_of, pool)

@@ -1,0 +1,108 @@
+"""LLM: the engine in this process, without a server."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetero_glm5.config import EngineConfig
+from hetero_glm5.core import FinishReason, RequestError, SamplingParams, Sequence
+from hetero_glm5.engine.engine import Engine
+from hetero_glm5.flags import ConfigError, nearest_flag
+from hetero_glm5.server.tokenizer import Tokenizer
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What was generated for one prompt; `text` is None without a tokenizer."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str | None
+    finish_reason: FinishReason
+
+
+class LLM:
+    """LLM(path, device="auto", dtype="bfloat16", skip_tokenizer=False, **flags); `flags` are EngineConfig fields, such
+    as kt_num_gpu_experts=5 or chunked_prefill_size=17. A context manager. Raises UserError."""
+
+    def __init__(
+        self, path: str, *, device: str = "auto", dtype: str = "bfloat16", skip_tokenizer: bool = False, **flags: Any
+    ):
+        known = [f.name for f in dataclasses.fields(EngineConfig)]
+        for name in flags:
+            if name not in known:
+                raise ConfigError(nearest_flag(name, known))
+        self.tokenizer = None if skip_tokenizer else Tokenizer.from_folder(path)
+        config = EngineConfig(model=str(path), device=device, dtype=dtype, **flags)
+        self.engine = Engine.load(config, tokenizer=self.tokenizer)
+
+    def generate(
+        self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Output]:
+        """Generates for one prompt (text or token ids) or a list of them; one Output each, in order. `params` for all,
+        or one for each. Raises RequestError."""
+        many = _as_list(prompts)
+        each = params if isinstance(params, list) else [params or SamplingParams()] * len(many)
+        if len(each) != len(many):
+            raise RequestError(f"{len(many)} prompts but {len(each)} sampling params.", "params")
+        todo = deque((self._encode(prompt), p) for prompt, p in zip(many, each, strict=True))
+        seqs: list[Sequence] = []
+        texts: dict[int, str] = {}
+        try:
+            while todo or self.engine.busy:
+                while todo and self.engine.num_waiting < self.engine.config.max_queued_requests:
+                    seqs.append(self.engine.add(*todo.popleft()))
+                for event in self.engine.step():
+                    texts[event.seq.id] = texts.get(event.seq.id, "") + event.text
+                    if event.error is not None:
+                        raise RuntimeError(event.error)
+        finally:
+            for seq in seqs:
+                self.engine.abort(seq)  # does nothing to finished ones
+        return [
+            Output(
+                seq.tokens[: seq.num_prompt],
+                seq.output,
+                None if self.tokenizer is None else texts[seq.id],
+                seq.finish_reason or "abort",
+            )
+            for seq in seqs
+        ]
+
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """fp32 [T, vocab]: the logits after every token, computed through the engine's own chunked path."""
+        seq = self.engine.add(token_ids, SamplingParams(max_tokens=1, temperature=0.0), logits=True)
+        while not seq.finished:
+            self.engine.step()
+        assert seq.logits is not None
+        return torch.cat(seq.logits)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None:
+            raise RequestError("a text prompt needs a tokenizer; this LLM was made with skip_tokenizer=True.", "prompt")
+        return self.tokenizer.encode(prompt)
+
+
+def _as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]

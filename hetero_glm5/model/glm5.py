@@ -1,0 +1,36 @@
+"""GLM-5: embedding, layers, final norm, lm_head. The forward pass is one loop."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_glm5.model.layers import Layer
+from hetero_glm5.model.moe import Experts
+from hetero_glm5.model.state import Cache, Rows
+from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.ops import reference as ops
+
+
+class GLM5:
+    """`weights(name, float32=False)` gives a tensor on the model's device, in the compute type or in fp32."""
+
+    def __init__(self, config: ModelConfig, weights):
+        self.config = config
+        self.embedding = weights("model.embed_tokens.weight")  # [vocab, hidden]
+        self.layers = [Layer(config, weights, i) for i in range(config.num_hidden_layers)]
+        self.norm = weights("model.norm.weight")
+        self.lm_head = weights("lm_head.weight")  # [vocab, hidden]
+
+    def forward(self, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
+        """Hidden states after the final norm, [T, hidden]; writes the rows' keys to the cache."""
+        x = F.embedding(rows.token_ids, self.embedding)
+        rotation = ops.rope_table(rows.positions, self.config.qk_rope_head_dim, self.config.rope_theta)
+        selection = None
+        for layer in self.layers:
+            x, selection = layer(x, rows, cache, experts, (rotation, selection))
+        return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 [T, vocab]."""
+        return F.linear(hidden, self.lm_head).float()

@@ -1,0 +1,41 @@
+"""The multi-token-prediction layer (number num_hidden_layers): drafts the token after next.
+
+z_i = eh_proj·[RMS_enorm(embedding(t_{i+1})) ; RMS_hnorm(h_i)], h_i the model's hidden state after its final norm;
+m_i = RMS_shared_head(Layer(z_i)) at position i, over the layer's own KV cache and its own indexer; lm_head·m_i predicts
+t_{i+2}. A further draft step feeds m_i back as h. Embedding and lm_head are the model's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_glm5.model.glm5 import GLM5
+from hetero_glm5.model.layers import Layer
+from hetero_glm5.model.moe import Experts
+from hetero_glm5.model.state import Cache, Rows
+from hetero_glm5.ops import reference as ops
+from hetero_glm5.weights.names import layer_prefix
+
+
+class MTP:
+    def __init__(self, model: GLM5, weights):
+        self.model, self.config = model, model.config
+        layer = self.config.num_hidden_layers
+        prefix = layer_prefix(layer)
+        self.enorm = weights(f"{prefix}enorm.weight")
+        self.hnorm = weights(f"{prefix}hnorm.weight")
+        self.eh_proj = weights(f"{prefix}eh_proj.weight")  # [hidden, 2·hidden]
+        self.layer = Layer(self.config, weights, layer)
+        self.norm = weights(f"{prefix}shared_head.norm.weight")
+
+    def forward(self, hidden: Tensor, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
+        """m [T, hidden] from the model's hidden states [T, hidden] at the rows' positions; rows.token_ids are the
+        *next* tokens t_{i+1}. Draft logits: model.logits(m)."""
+        eps = self.config.rms_norm_eps
+        embedded = F.embedding(rows.token_ids, self.model.embedding)
+        z = torch.cat((ops.rms_norm(embedded, self.enorm, eps), ops.rms_norm(hidden, self.hnorm, eps)), -1)
+        rotation = ops.rope_table(rows.positions, self.config.qk_rope_head_dim, self.config.rope_theta)
+        y, _ = self.layer(F.linear(z, self.eh_proj), rows, cache, experts, (rotation, None))
+        return ops.rms_norm(y, self.norm, eps)

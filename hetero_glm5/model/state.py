@@ -1,0 +1,68 @@
+"""What a forward pass works on besides weights: the step's rows and the cache they read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hetero_glm5.core import no_clock
+from hetero_glm5.model_config import ModelConfig
+
+
+Clocked = Callable[[str], AbstractContextManager[None]]  # core.Clock or core.no_clock
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows start:stop of the step belong to one sequence, whose cached positions 0..S-1 (these rows included) lie in
+    cache slots `context` [S]."""
+
+    start: int
+    stop: int
+    context: Tensor
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """T rows: decode rows and prefill chunks of several sequences, one after the other."""
+
+    token_ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T], within the row's sequence
+    slots: Tensor  # int64 [T], where the row's keys go in the cache
+    segments: list[Segment]
+    clock: Clocked = no_clock
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The KV pool: for each layer the latents with their rotated keys [slots, c + r], and, where the layer has an
+    indexer, its keys [slots, index_head_dim]."""
+
+    latent: list[Tensor]
+    index: list[Tensor | None]
+
+    @staticmethod
+    def allocate(config: ModelConfig, slots: int, *, dtype: torch.dtype, device: str, mtp: bool = False) -> Cache:
+        layers = range(config.num_hidden_layers + mtp)
+        return Cache(
+            latent=[torch.zeros(slots, config.latent_dim, dtype=dtype, device=device) for _ in layers],
+            index=[
+                torch.zeros(slots, config.index_head_dim, dtype=dtype, device=device) if config.has_indexer(i) else None
+                for i in layers
+            ],
+        )
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype, mtp: bool = False) -> int:
+    """Bytes one cached token takes over all layers (GLM-5 in BF16: 109,824)."""
+    layers = range(config.num_hidden_layers + mtp)
+    values = sum(config.latent_dim + (config.index_head_dim if config.has_indexer(i) else 0) for i in layers)
+    return values * dtype.itemsize

@@ -1,0 +1,82 @@
+"""Bytes by tier: what the model needs, what the machine has, how many KV tokens fit. Refuses with the arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetero_glm5.core import UserError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the model takes, in bytes (and pieces)."""
+
+    dense: int  # weights outside routed experts
+    expert: int  # one packed expert
+    device_experts: int  # how many on the device
+    host_experts: int  # how many on the host
+    kv_token: int  # cached bytes of one token over all layers
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine offers, in bytes. `device` and `host` are the same memory when `shared`."""
+
+    device: int
+    host: int
+    shared: bool
+    fraction: float  # --mem-fraction-static
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    needs: Needs
+    limits: Limits
+    kv_tokens: int
+
+    def report(self) -> list[str]:
+        """One line for each tier, for the start log."""
+        n = self.needs
+        device = [
+            f"dense weights {_gib(n.dense)}",
+            f"{n.device_experts} experts {_gib(n.device_experts * n.expert)}",
+            f"KV pool {_gib(self.kv_tokens * n.kv_token)} ({self.kv_tokens} tokens x {n.kv_token} B)",
+        ]
+        host = f"{n.host_experts} experts {_gib(n.host_experts * n.expert)}"
+        return ["device tier: " + ", ".join(device), f"host tier: {host}"]
+
+
+def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most_tokens: int, page: int) -> MemoryPlan:
+    """Settles the size of the KV pool: `wanted_tokens`, or what is left, at most `most_tokens`; whole pages.
+
+    Raises UserError when the weights or the wanted pool do not fit.
+    """
+    host_bytes = needs.host_experts * needs.expert
+    if not limits.shared and host_bytes > limits.host:
+        raise UserError(
+            f"host memory: {needs.host_experts} experts x {_gib(needs.expert)} = {_gib(host_bytes)}, but only "
+            f"{_gib(limits.host)} are available. Use a smaller --kt-method or put more experts on the device."
+        )
+    budget = int(limits.device * limits.fraction)
+    fixed = needs.dense + needs.device_experts * needs.expert + (host_bytes if limits.shared else 0)
+    left = budget - fixed
+    tokens = min(left // needs.kv_token, most_tokens) if wanted_tokens is None else wanted_tokens
+    tokens = tokens // page * page if wanted_tokens is None else -(-tokens // page) * page
+    if tokens < page or tokens * needs.kv_token > left:
+        wanted = max(tokens, page)
+        experts = f"{needs.device_experts} device experts {_gib(needs.device_experts * needs.expert)}"
+        if limits.shared:
+            experts += f" + {needs.host_experts} host experts {_gib(host_bytes)}"
+        raise UserError(
+            f"memory: dense weights {_gib(needs.dense)} + {experts} + KV pool {_gib(wanted * needs.kv_token)} "
+            f"({wanted} tokens x {needs.kv_token} B) = {_gib(fixed + wanted * needs.kv_token)}, but the budget is "
+            f"{_gib(budget)} ({limits.fraction} of {_gib(limits.device)}). "
+            "Lower --max-total-tokens or --kt-num-gpu-experts, or raise --mem-fraction-static."
+        )
+    return MemoryPlan(needs, limits, tokens)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 100 else f"{size / (1 << 20):.2f} MiB"

@@ -1,0 +1,39 @@
+"""Routing counts: how often each expert of each layer was chosen."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from hetero_glm5.core import UserError
+
+KEY = "logical_count"
+
+
+def load_counts(path: str, moe_layers: tuple[int, ...], num_layers: int, experts: int) -> np.ndarray:
+    """float64 [len(moe_layers), experts] from a .safetensors or .pt file with `logical_count` [..., layers, experts]
+    (SGLang's expert-distribution recorder writes one for all layers, dense ones zero; only MoE layers is fine too).
+    Raises UserError."""
+    try:
+        data = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"--init-expert-location {path} cannot be read: {str(error).splitlines()[0]}.") from error
+    counts = data.get(KEY) if isinstance(data, dict) else None
+    if not isinstance(counts, torch.Tensor) or counts.dim() < 2:
+        raise UserError(f'--init-expert-location {path} has no tensor "{KEY}" of shape [..., layers, experts].')
+    totals = counts.double().reshape(-1, *counts.shape[-2:]).sum(0).numpy()
+    if totals.shape == (num_layers, experts):
+        totals = totals[list(moe_layers)]
+    if totals.shape != (len(moe_layers), experts):
+        raise UserError(
+            f"--init-expert-location {path} counts {totals.shape[0]} layers of {totals.shape[1]} experts; this model "
+            f"has {num_layers} layers ({len(moe_layers)} MoE) of {experts}."
+        )
+    if not np.isfinite(totals).all() or (totals < 0).any():
+        raise UserError(f"--init-expert-location {path} holds negative or non-finite counts.")
+    return totals

@@ -1,0 +1,221 @@
+"""A checkpoint folder in Hugging Face format: which tensors it holds, and reading them in bounded memory.
+
+Opening reads headers only (safetensors: 8 bytes of length, JSON, data). Data is read with pread in row blocks of about
+BLOCK_BYTES straight into the destination: a memory map would keep every page it touched in the resident set until the
+file is closed, and a whole-tensor read would hold large tensors twice while they change type.
+
+FP8 tensors have a companion `<name>_scale_inv` (fp32, one multiplier for each 128x128 block, ragged at the edges);
+value = float(q) · scale. A tensor is FP8 exactly if its companion exists, whatever config.json lists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hetero_glm5.core import UserError
+from hetero_glm5.model_config import FP8_BLOCK, read_json
+from hetero_glm5.weights.names import SCALE_SUFFIX, TensorSpec, scale_shape
+
+BLOCK_BYTES = 64 << 20
+MAX_HEADER_BYTES = 100 << 20  # the safetensors specification's limit
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+
+
+class CheckpointError(UserError):
+    """Files that are missing, damaged, or not this model's."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor's bytes lie."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+class Checkpoint:
+    """`bytes_read` counts what has been read so far, from any thread."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.entries: dict[str, Entry] = {}
+        for path, names in _shards(self.folder).items():
+            header = _read_header(path)
+            missing = [name for name in names if name not in header]
+            if missing:
+                raise CheckpointError(f"{path} lacks {_some(missing)}, which the index places there.")
+            self.entries |= header
+        self.bytes_read = 0
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        with self._lock:
+            for file in self._files.values():
+                os.close(file)
+            self._files.clear()
+
+    def check(self, needed: dict[str, TensorSpec], known: dict[str, TensorSpec]) -> None:
+        """Compares headers with the name table: every `needed` tensor must be there, every tensor must be `known`, and
+        shapes, types and scales must fit. Raises one CheckpointError that lists all that is wrong."""
+        scales = {name + SCALE_SUFFIX: spec for name, spec in known.items() if spec.quantised}
+        misfits = []
+        for name, entry in self.entries.items():
+            if name in scales:
+                misfits += _misfits(name, entry, TensorSpec(scale_shape(scales[name].shape), dtype="F32"))
+            elif name in known:
+                misfits += _misfits(name, entry, known[name])
+                misfits += self._scale_misfits(name, entry, known[name])
+        problems = {
+            "missing": [name for name in needed if name not in self.entries],
+            "unexpected": [name for name in self.entries if name not in known and name not in scales],
+            "not as expected": misfits,
+        }
+        found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
+        if found:
+            raise CheckpointError(f"{self.folder} does not fit its config.json. " + "; ".join(found) + ".")
+
+    def _scale_misfits(self, name: str, entry: Entry, spec: TensorSpec) -> list[str]:
+        has_scale = name + SCALE_SUFFIX in self.entries
+        if entry.dtype == "F8_E4M3" and not has_scale:
+            return [f"{name} is FP8 but has no {SCALE_SUFFIX.lstrip('_')}"]
+        if has_scale and spec.quantised and entry.dtype != "F8_E4M3":
+            return [f"{name} has a {SCALE_SUFFIX.lstrip('_')} but is {entry.dtype}, not F8_E4M3"]
+        return []
+
+    def is_fp8(self, name: str) -> bool:
+        return name + SCALE_SUFFIX in self.entries
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes on disk, the scales included."""
+        scale = self.entries.get(name + SCALE_SUFFIX)
+        return self.entries[name].num_bytes + (scale.num_bytes if scale else 0)
+
+    def read_raw(self, name: str) -> Tensor:
+        """The tensor as stored, on the CPU."""
+        entry = self.entries[name]
+        out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        self._read_bytes(entry, 0, out)
+        return out
+
+    def read_scales(self, name: str) -> Tensor | None:
+        """The fp32 multipliers of an FP8 tensor [ceil(rows/128), ceil(cols/128)], or None."""
+        return self.read_raw(name + SCALE_SUFFIX) if self.is_fp8(name) else None
+
+    def read(self, name: str, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+        """The tensor converted (FP8: dequantised) to `dtype` on `device`; never more than one block in between."""
+        entry, scales = self.entries[name], self.read_scales(name)
+        if DTYPES[entry.dtype] == dtype and device == "cpu":
+            return self.read_raw(name)
+        out = torch.empty(entry.shape, dtype=dtype, device=device)
+        if not entry.shape:
+            return out.copy_(self.read_raw(name))
+        row_bytes = entry.num_bytes // max(1, entry.shape[0])
+        block = max(1, BLOCK_BYTES // max(1, row_bytes) // FP8_BLOCK) * FP8_BLOCK
+        for a in range(0, entry.shape[0], block):
+            rows = torch.empty(min(block, entry.shape[0] - a), *entry.shape[1:], dtype=DTYPES[entry.dtype])
+            self._read_bytes(entry, a * row_bytes, rows)
+            if scales is not None:
+                rows = dequantise(rows, scales[a // FP8_BLOCK : -(-(a + block) // FP8_BLOCK)])
+            out[a : a + block] = rows.to(dtype)
+        return out
+
+    def _read_bytes(self, entry: Entry, start: int, out: Tensor) -> None:
+        view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        file, done = self._open(entry.path), 0
+        while done < len(view):
+            got = os.preadv(file, [view[done : done + BLOCK_BYTES]], entry.offset + start + done)
+            if not got:
+                raise CheckpointError(f"{entry.path} ended while it was being read; was it replaced?")
+            done += got
+        with self._lock:
+            self.bytes_read += len(view)
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY)
+            return self._files[path]
+
+
+def dequantise(rows: Tensor, scales: Tensor) -> Tensor:
+    """FP8 rows [R, C], the first at a block boundary, times scales [ceil(R/128), ceil(C/128)] → fp32."""
+    spread = scales.repeat_interleave(FP8_BLOCK, 0)[: rows.shape[0]]
+    wide = rows.float()
+    for block in range(scales.shape[1]):
+        columns = slice(block * FP8_BLOCK, (block + 1) * FP8_BLOCK)
+        wide[:, columns] *= spread[:, block, None]
+    return wide
+
+
+def _shards(folder: Path) -> dict[Path, list[str]]:
+    """The safetensors files, each with the names that the index (if there is one) places in it."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.exists():
+        if single.exists():
+            return {single: []}
+        raise CheckpointError(f"{folder} has neither model.safetensors.index.json nor model.safetensors.")
+    weight_map = read_json(index, f"cannot read {index}").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f'{index} has no "weight_map" object of names and file names.')
+    shards: dict[Path, list[str]] = {}
+    for name, file in weight_map.items():
+        shards.setdefault(folder / file, []).append(name)
+    absent = [path.name for path in shards if not path.exists()]
+    if absent:
+        raise CheckpointError(f"{folder} lacks {len(absent)} of its {len(shards)} shards: {_some(absent)}.")
+    return shards
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(f"{path} is no safetensors file, or is truncated ({size} bytes).")
+        try:
+            header = json.loads(file.read(length))
+            entries = {k: _entry(path, v, 8 + length) for k, v in header.items() if k != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} has a damaged safetensors header ({error}).") from error
+    for name, entry in entries.items():
+        values = torch.Size(entry.shape).numel()
+        if entry.dtype in DTYPES and entry.num_bytes != values * DTYPES[entry.dtype].itemsize:
+            raise CheckpointError(f"{path}: {name} is {entry.dtype} {entry.shape} but has {entry.num_bytes} bytes.")
+        if entry.offset + entry.num_bytes > size:
+            raise CheckpointError(
+                f"{path} is truncated: {name} ends at byte {entry.offset + entry.num_bytes}, the file at {size}. "
+                "Fetch the shard again."
+            )
+    return entries
+
+
+def _entry(path: Path, value: dict, data: int) -> Entry:
+    first, last = value["data_offsets"]
+    return Entry(path, value["dtype"], tuple(value["shape"]), data + first, last - first)
+
+
+def _misfits(name: str, entry: Entry, spec: TensorSpec) -> list[str]:
+    if entry.shape != spec.shape:
+        return [f"{name} has shape {list(entry.shape)}, expected {list(spec.shape)}"]
+    allowed = (spec.dtype,) if spec.dtype else tuple(DTYPES) if spec.quantised else ("F32", "F16", "BF16")
+    if entry.dtype not in allowed:
+        return [f"{name} is {entry.dtype}, expected {' or '.join(allowed)}"]
+    return []
+
+
+def _some(names: list[str], most: int = 12) -> str:
+    """The names, cut after `most`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

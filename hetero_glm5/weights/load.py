@@ -1,0 +1,104 @@
+"""Serves a model's tensors from its checkpoint (and the experts from another, if asked), and tells how far it is.
+
+Everything is checked against the name table before the first byte of data is read. The MTP layer may be in the
+checkpoint without being wanted; it is then neither needed nor read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hetero_glm5.core import LoadProgress
+from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.weights.checkpoint import Checkpoint
+from hetero_glm5.weights.names import (
+    EXPERT_MATRICES,
+    TensorSpec,
+    expected_tensors,
+    expert_prefix,
+    expert_tensors,
+    layer_tensors,
+)
+
+Report = Callable[[LoadProgress], None]
+RawExpert = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]  # gate, up, down, FP8 scales
+SECONDS_BETWEEN_REPORTS = 0.1
+
+
+class ModelWeights:
+    """Opens and checks. Raises CheckpointError."""
+
+    def __init__(
+        self, config: ModelConfig, folder: str, *, experts_folder: str | None = None, mtp: bool = False,
+        report: Report = lambda progress: None,
+    ):  # fmt: skip
+        self.config = config
+        self.layers = range(config.num_hidden_layers + mtp)
+        self._dense = Checkpoint(folder)
+        self._experts = Checkpoint(experts_folder) if experts_folder not in (None, folder) else self._dense
+        known = expected_tensors(config, mtp=config.num_nextn_predict_layers > 0 or mtp)
+        needed = expected_tensors(config, mtp)
+        routed: dict[str, TensorSpec] = {}
+        for layer in self.layers:
+            routed |= expert_tensors(config, layer)
+        dense = {name: spec for name, spec in needed.items() if name not in routed}
+        if self._experts is self._dense:
+            self._dense.check(needed, known)
+        else:
+            self._dense.check(dense, known)
+            self._experts.check(routed, known)
+        self.dense_bytes = sum(self._dense.num_bytes(name) for name in dense)
+        self.expert_bytes = sum(self._experts.num_bytes(f"{name}") for name in routed)
+        self._report, self._started, self._reported = report, time.monotonic(), 0.0
+
+    def close(self) -> None:
+        self._dense.close()
+        self._experts.close()
+
+    def getter(self, dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
+        """weights(name, float32=False) → the tensor in `dtype` (or fp32) on `device`, dequantised if it is FP8."""
+
+        def weights(name: str, float32: bool = False) -> Tensor:
+            tensor = self._dense.read(name, torch.float32 if float32 else dtype, device)
+            self.tell("dense weights")
+            return tensor
+
+        return weights
+
+    def expert(self, layer: int, expert: int) -> RawExpert:
+        """One routed expert as stored, on the CPU: gate and up [I, H], down [H, I], and their scales if FP8."""
+        names = [f"{expert_prefix(layer, expert)}{matrix}.weight" for matrix in EXPERT_MATRICES]
+        scales = tuple(self._experts.read_scales(name) for name in names)
+        gate, up, down = (self._experts.read_raw(name) for name in names)
+        return gate, up, down, None if None in scales else scales
+
+    @property
+    def progress(self) -> LoadProgress:
+        done = self._dense.bytes_read + (self._experts.bytes_read if self._experts is not self._dense else 0)
+        total = self.dense_bytes + self.expert_bytes
+        return LoadProgress("", done, total, time.monotonic() - self._started)
+
+    def tell(self, stage: str) -> None:
+        """Reports progress, ten times a second at most."""
+        now = time.monotonic()
+        if now - self._reported >= SECONDS_BETWEEN_REPORTS:
+            self._reported = now
+            p = self.progress
+            self._report(LoadProgress(stage, p.bytes_done, p.bytes_total, p.seconds))
+
+
+def dense_bytes(config: ModelConfig, dtype: torch.dtype, mtp: bool = False) -> int:
+    """Bytes of everything but routed experts once loaded: `dtype`, router weights in fp32."""
+    shapes = {"model.embed_tokens": 2 * config.vocab_size * config.hidden_size, "model.norm": config.hidden_size}
+    total = sum(shapes.values()) * dtype.itemsize
+    for layer in range(config.num_hidden_layers + mtp):
+        for name, spec in layer_tensors(config, layer).items():
+            item = 4 if ".mlp.gate." in name else dtype.itemsize
+            total += torch.Size(spec.shape).numel() * item
+    if mtp:
+        total += (2 * config.hidden_size**2 + 3 * config.hidden_size) * dtype.itemsize
+    return total
