@@ -14,6 +14,7 @@ from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import FinishReason, RequestError, SamplingParams, Sequence
 from hetero_glm5.engine.engine import Engine
 from hetero_glm5.flags import ConfigError, nearest_flag
+from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.server.tokenizer import Tokenizer
 
 Prompt = str | list[int]
@@ -40,6 +41,7 @@ class LLM:
         for name in flags:
             if name not in known:
                 raise ConfigError(nearest_flag(name, known))
+        ModelConfig.load(path)  # so that a folder that is no checkpoint is told as that, not as a missing tokenizer
         self.tokenizer = None if skip_tokenizer else Tokenizer.from_folder(path)
         config = EngineConfig(model=str(path), device=device, dtype=dtype, **flags)
         self.engine = Engine.load(config, tokenizer=self.tokenizer)

@@ -29,12 +29,12 @@ class _Reader:
         return self.get(kind, key, None, minimum)
 
     def get(self, kind: type, key: str, default: Any, minimum: float = 1) -> Any:
-        value = self.data.get(key)
+        value: Any = self.data.get(key)
         if value is None:
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        if not _is_a(kind, value):
             raise ConfigError(f'{self.where}: "{key}" is {value!r}; it must be {kind.__name__}.')
         if kind in (int, float) and not (math.isfinite(value) and value >= minimum):
             raise ConfigError(f'{self.where}: "{key}" is {value}; it must be at least {minimum}.')
@@ -51,6 +51,10 @@ class _Reader:
         if not isinstance(values, list) or len(values) != length or any(v not in names for v in values):
             raise ConfigError(f'{self.where}: "{key}" must list {length} of {", ".join(names)}, one for each layer.')
         return tuple(values)
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from hetero_glm5 import hardware
 from hetero_glm5.config import EngineConfig
-from hetero_glm5.core import LoadProgress, RequestError, SamplingParams, Sequence, TokenEvent, no_clock
+from hetero_glm5.core import LoadProgress, RequestError, SamplingParams, Sequence, TokenEvent, UserError, no_clock
 from hetero_glm5.engine.kv_cache import PagePool
 from hetero_glm5.engine.runner import Runner
 from hetero_glm5.engine.sampler import sample
 from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
 from hetero_glm5.experts.cpu_tier import HostPool
-from hetero_glm5.experts.tiers import ExpertTiers, load_tiers
+from hetero_glm5.experts.tiers import load_tiers
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.state import Cache, Clocked, cache_bytes_per_token
 from hetero_glm5.model_config import ModelConfig
@@ -32,8 +33,8 @@ log = logging.getLogger(__name__)
 class Engine:
     """Made by Engine.load. `clock` may be set to a core.Clock to measure the parts of each step."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, scheduler: Scheduler, tiers: ExpertTiers):
-        self.config, self.runner, self.scheduler, self.tiers = config, runner, scheduler, tiers
+    def __init__(self, config: EngineConfig, runner: Runner, scheduler: Scheduler, pool: HostPool):
+        self.config, self.runner, self.scheduler, self.pool = config, runner, scheduler, pool
         self.model_config: ModelConfig = runner.model.config
         self.clock: Clocked = no_clock
 
@@ -99,7 +100,7 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def close(self) -> None:
-        self.tiers.close()
+        self.pool.close()
 
     @classmethod
     def load(
@@ -135,7 +136,10 @@ class Engine:
         for line in memory.report():
             log.info(line)
 
-        pool = HostPool(threads=config.kt_cpuinfer)
+        try:
+            pool = HostPool(threads=config.kt_cpuinfer)
+        except ValueError as error:  # HETERO_GLM5_ISA names what this machine lacks
+            raise UserError(f"{error}.") from error
         log.info("%s: host experts %s on %d threads, ISA %s", machine.cpu, config.kt_method, pool.threads, pool.isa)
         model = GLM5(model_config, source.getter(dtype, config.device))
         tiers = load_tiers(source, layout, slot_of, device=config.device, pool=pool)
@@ -149,10 +153,10 @@ class Engine:
             log.info("context length %d: that is what the KV pool holds", context_length)
         stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
         runner = Runner(model, tiers, cache, config.page_size)
-        return cls(config, runner, Scheduler(config, pages, stopping), tiers)
+        return cls(config, runner, Scheduler(config, pages, stopping), pool)
 
 
-def _placement(config: EngineConfig, model: ModelConfig):
+def _placement(config: EngineConfig, model: ModelConfig) -> np.ndarray:
     """slot_of [num_layers, experts] for the strategy and budget that the flags name."""
     layers, experts = len(model.moe_layers), model.n_routed_experts
     budget = config.kt_num_gpu_experts * layers

@@ -18,6 +18,7 @@ from torch import Tensor
 from hetero_glm5.core import no_clock
 from hetero_glm5.experts.cpu_tier import CpuExperts, HostPool
 from hetero_glm5.experts.gpu_tier import GpuExperts
+from hetero_glm5.weights.checkpoint import CheckpointError
 from hetero_glm5.weights.load import ModelWeights
 from hetero_glm5.weights.quantize import ExpertLayout, PackedExperts
 
@@ -25,13 +26,14 @@ LOADERS = 4  # experts read and packed at a time; each holds one unpacked expert
 
 
 class ExpertTiers:
-    """`host[layer]` for layers with experts on the host; `slot_of` int [layers, experts]."""
+    """`host[layer]` for layers with experts on the host; `slot_of` int [layers, experts]; `overlap`: whether the host
+    part runs on its own threads while the caller goes on."""
 
-    def __init__(self, host: dict[int, CpuExperts], device: GpuExperts, slot_of: np.ndarray, pool: HostPool):
-        self.host, self.device, self.pool = host, device, pool
+    def __init__(self, host: dict[int, CpuExperts], device: GpuExperts, slot_of: np.ndarray, *, overlap: bool):
+        self.host, self.device = host, device
         self.slot_of = torch.from_numpy(slot_of).to(device.slots.device)
         self._on_device = (slot_of >= 0).any(axis=1)
-        self._overlap = device.slots.device.type != "cpu"
+        self._overlap = overlap
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock=no_clock) -> Callable[[], Tensor]:
         """x [T, hidden], ids int64 [T, k], weights fp32 [T, k]. Returns join() → Σ_k w·E_k(x), fp32 [T, hidden]."""
@@ -60,9 +62,6 @@ class ExpertTiers:
             return lambda: y
         return self.host[layer].submit(x.cpu(), ids.cpu(), weights.cpu()).wait
 
-    def close(self) -> None:
-        self.pool.close()
-
 
 def load_tiers(
     source: ModelWeights, layout: ExpertLayout, slot_of: np.ndarray, *, device: str, pool: HostPool
@@ -74,6 +73,8 @@ def load_tiers(
 
     def place(packed: PackedExperts, layer: int, expert: int) -> None:
         gate, up, down, scales = source.expert(layer, expert)
+        if layout.method == "FP8" and scales is None:
+            raise CheckpointError(f"expert {expert} of layer {layer} is not FP8; --kt-method FP8 needs all to be.")
         slot = slot_of[layer, expert]
         blob = packed.blob(expert) if slot < 0 else torch.empty(layout.blob_bytes, dtype=torch.uint8)
         layout.pack_into(blob, gate, up, down, scales)
@@ -88,4 +89,4 @@ def load_tiers(
                 source.tell("experts")
             if resident:
                 host[layer] = CpuExperts(packed, pool=pool)
-    return ExpertTiers(host, tier, slot_of, pool)
+    return ExpertTiers(host, tier, slot_of, overlap=tier.slots.device.type != "cpu")

@@ -44,7 +44,7 @@ class Rows:
 @dataclass(frozen=True)
 class Cache:
     """The KV pool: for each layer the latents with their rotated keys [slots, c + r], and, where the layer has an
-    indexer, its keys [slots, index_head_dim]."""
+    indexer, its keys [slots, index_head_dim]. Slots hold anything until a row is written there."""
 
     latent: list[Tensor]
     index: list[Tensor | None]
@@ -53,9 +53,9 @@ class Cache:
     def allocate(config: ModelConfig, slots: int, *, dtype: torch.dtype, device: str, mtp: bool = False) -> Cache:
         layers = range(config.num_hidden_layers + mtp)
         return Cache(
-            latent=[torch.zeros(slots, config.latent_dim, dtype=dtype, device=device) for _ in layers],
+            latent=[torch.empty(slots, config.latent_dim, dtype=dtype, device=device) for _ in layers],
             index=[
-                torch.zeros(slots, config.index_head_dim, dtype=dtype, device=device) if config.has_indexer(i) else None
+                torch.empty(slots, config.index_head_dim, dtype=dtype, device=device) if config.has_indexer(i) else None
                 for i in layers
             ],
         )

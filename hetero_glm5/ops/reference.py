@@ -91,13 +91,15 @@ def attend_dense(q: Tensor, context: Tensor, positions: Tensor, scale: float, la
 
 
 def attend_selected(q: Tensor, context: Tensor, selection: Tensor, scale: float, latent: int) -> Tensor:
-    """Attention over each row's own positions: as attend_dense, with selection [T, k] into context, -1 unused."""
+    """Attention over each row's own positions: as attend_dense, with selection [T, k] into context, -1 unused; the
+    first of a row must be used. Rows of context that nobody selects are never read."""
     out = torch.empty(*q.shape[:2], latent, dtype=q.dtype, device=q.device)
     block = max(1, BLOCK_ELEMENTS // (selection.shape[1] * context.shape[1]))
     for a in range(0, q.shape[0], block):
         b = a + block
-        unused = selection[a:b] < 0
-        rows = context[selection[a:b].clamp(min=0)].float()  # [t, k, c + r]
+        chosen = selection[a:b]
+        unused = chosen < 0
+        rows = context[torch.where(unused, chosen[:, :1], chosen)].float()  # [t, k, c + r]
         scores = torch.bmm(q[a:b].float(), rows.transpose(1, 2)) * scale  # [t, H, k]
         weights = scores.masked_fill_(unused[:, None], float("-inf")).softmax(-1)
         out[a:b] = torch.bmm(weights, rows[:, :, :latent]).to(q.dtype)

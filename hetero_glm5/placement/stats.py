@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +21,7 @@ def load_counts(path: str, moe_layers: tuple[int, ...], num_layers: int, experts
     """float64 [len(moe_layers), experts] from a .safetensors or .pt file with `logical_count` [..., layers, experts]
     (SGLang's expert-distribution recorder writes one for all layers, dense ones zero; only MoE layers is fine too).
     Raises UserError."""
-    try:
-        data = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"--init-expert-location {path} cannot be read: {str(error).splitlines()[0]}.") from error
+    data = _read(path)
     counts = data.get(KEY) if isinstance(data, dict) else None
     if not isinstance(counts, torch.Tensor) or counts.dim() < 2:
         raise UserError(f'--init-expert-location {path} has no tensor "{KEY}" of shape [..., layers, experts].')
@@ -37,3 +36,14 @@ def load_counts(path: str, moe_layers: tuple[int, ...], num_layers: int, experts
     if not np.isfinite(totals).all() or (totals < 0).any():
         raise UserError(f"--init-expert-location {path} holds negative or non-finite counts.")
     return totals
+
+
+def _read(path: str) -> Any:
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        if Path(path).exists() and not zipfile.is_zipfile(path):  # torch.load raises anything on other bytes
+            raise UserError(f"--init-expert-location {path} is no file that torch.save or safetensors wrote.")
+        return torch.load(path, weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"--init-expert-location {path} cannot be read: {str(error).splitlines()[0]}.") from error

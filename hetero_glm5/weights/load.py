@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hetero_glm5.core import LoadProgress
 from hetero_glm5.model_config import ModelConfig
-from hetero_glm5.weights.checkpoint import Checkpoint
+from hetero_glm5.weights.checkpoint import Checkpoint, CheckpointError
 from hetero_glm5.weights.names import (
     EXPERT_MATRICES,
     TensorSpec,
@@ -52,7 +52,7 @@ class ModelWeights:
             self._dense.check(dense, known)
             self._experts.check(routed, known)
         self.dense_bytes = sum(self._dense.num_bytes(name) for name in dense)
-        self.expert_bytes = sum(self._experts.num_bytes(f"{name}") for name in routed)
+        self.expert_bytes = sum(self._experts.num_bytes(name) for name in routed)
         self._report, self._started, self._reported = report, time.monotonic(), 0.0
 
     def close(self) -> None:
@@ -74,7 +74,13 @@ class ModelWeights:
         names = [f"{expert_prefix(layer, expert)}{matrix}.weight" for matrix in EXPERT_MATRICES]
         scales = tuple(self._experts.read_scales(name) for name in names)
         gate, up, down = (self._experts.read_raw(name) for name in names)
-        return gate, up, down, None if None in scales else scales
+        if all(scale is None for scale in scales):
+            return gate, up, down, None
+        if any(scale is None for scale in scales):
+            raise CheckpointError(
+                f"{expert_prefix(layer, expert)}* mixes FP8 and other types; all three must be alike."
+            )
+        return gate, up, down, scales
 
     @property
     def progress(self) -> LoadProgress:

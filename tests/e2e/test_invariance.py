@@ -1,0 +1,113 @@
+"""Nothing changes the tokens: fp32 greedy output is the same wherever experts are and however work is cut."""
+
+import shutil
+
+import pytest
+import torch
+from oracle import LATENT_EPS, oracle_logits, random_ids
+from safetensors.torch import load_file, save_file
+from tiny import tiny_checkpoint
+
+from hetero_glm5 import _C
+from hetero_glm5.core import SamplingParams, UserError
+from hetero_glm5.llm import LLM
+
+PROMPTS = [random_ids(30, seed=1), random_ids(5, seed=2), random_ids(61, seed=3)]
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoints):
+    return tiny_checkpoint(checkpoints)
+
+
+def generate(folder, prompts=PROMPTS, params=GREEDY, **flags) -> list[list[int]]:
+    flags = {"max_total_tokens": 512, "page_size": 8, "latent_norm_eps": LATENT_EPS} | flags
+    with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
+        return [output.token_ids for output in llm.generate(prompts, params)]
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """All experts on the host, two threads, one batch; and it is what the oracle would choose."""
+    tokens = generate(folder)
+    for prompt, output in zip(PROMPTS, tokens, strict=True):
+        logits = oracle_logits(folder, prompt + output[:-1])[len(prompt) - 1 :]
+        assert logits.argmax(-1).tolist() == output
+    return tokens
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "front-loading", "random"])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+def test_placement(folder, plain, strategy, ratio):
+    assert generate(folder, kt_gpu_experts_ratio=ratio, kt_expert_placement_strategy=strategy) == plain
+
+
+def test_frequency_placement(folder, plain, tmp_path):
+    counts = torch.randint(0, 99, (5, 16), generator=torch.Generator().manual_seed(0))
+    save_file({"logical_count": counts}, str(tmp_path / "counts.safetensors"))
+    flags = {"kt_expert_placement_strategy": "frequency", "init_expert_location": str(tmp_path / "counts.safetensors")}
+    assert generate(folder, kt_num_gpu_experts=5, **flags) == plain
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads(folder, plain, threads):
+    assert generate(folder, kt_cpuinfer=threads, kt_num_gpu_experts=3) == plain
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+def test_isa(folder, plain, monkeypatch, isa):
+    monkeypatch.setenv("HETERO_GLM5_ISA", isa)
+    with LLM(folder, device="cpu", skip_tokenizer=True, max_total_tokens=64) as llm:
+        assert llm.engine.pool.isa == isa
+    assert generate(folder) == plain
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 17, 64])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_chunks(folder, plain, chunk, mixed):
+    assert generate(folder, chunked_prefill_size=chunk, enable_mixed_chunk=mixed) == plain
+
+
+def test_batch_mates(folder, plain):
+    assert [generate(folder, [prompt])[0] for prompt in PROMPTS] == plain
+    assert generate(folder, PROMPTS[::-1]) == plain[::-1]
+
+
+def test_preemption(folder, plain):
+    """A pool that holds only one and a half of the sequences: they are preempted and computed again."""
+    assert generate(folder, max_total_tokens=120) == plain
+
+
+def test_cache_slots_are_written_before_they_are_read(folder, plain):
+    with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, latent_norm_eps=LATENT_EPS) as llm:
+        cache = llm.engine.runner.cache
+        for pool in [*cache.latent, *cache.index]:
+            pool[:1024].fill_(float("nan"))
+        assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == plain
+
+
+@pytest.mark.parametrize("page", [1, 7, 256])
+def test_pages(folder, plain, page):
+    assert generate(folder, page_size=page) == plain
+
+
+def test_seeded_sampling_does_not_see_its_neighbours(folder):
+    params = [SamplingParams(max_tokens=16, seed=i, top_p=0.9, top_k=50, ignore_eos=True) for i in range(3)]
+    together = generate(folder, params=params)
+    alone = [generate(folder, [prompt], [p])[0] for prompt, p in zip(PROMPTS, params, strict=True)]
+    assert together == alone
+    assert together != generate(folder, params=[SamplingParams(max_tokens=16, seed=9 + i) for i in range(3)])
+
+
+def test_experts_from_another_folder(folder, plain, tmp_path):
+    """--kt-weight-path: the routed experts come from there and nothing else; --model need not hold any."""
+    tensors = load_file(str(folder / "model.safetensors"))
+    routed = {name for name in tensors if ".mlp.experts." in name}
+    for part, names in (("dense", tensors.keys() - routed), ("experts", routed)):
+        (tmp_path / part).mkdir()
+        save_file({name: tensors[name] for name in names}, str(tmp_path / part / "model.safetensors"))
+        shutil.copy(folder / "config.json", tmp_path / part)
+    assert generate(tmp_path / "dense", kt_weight_path=str(tmp_path / "experts")) == plain
+    with pytest.raises(UserError, match="missing"):
+        generate(tmp_path / "dense")

@@ -1,0 +1,41 @@
+import pytest
+
+from hetero_glm5.core import UserError
+from hetero_glm5.placement.memory import GIB, Limits, Needs, plan_memory
+
+# GLM-5 in BF16 with FP8 experts, 30 of 256 on the device (glm5.md 4 and 5).
+NEEDS = Needs(dense=38_270_000_000, expert=37_765_120, device_experts=30 * 75, host_experts=226 * 75, kv_token=109_824)
+
+
+def plan(device, host, needs=NEEDS, wanted=None, shared=False):
+    limits = Limits(device=device * GIB, host=host * GIB, shared=shared, fraction=0.9)
+    return plan_memory(needs, limits, wanted_tokens=wanted, most_tokens=202_752, page=64)
+
+
+def test_the_pool_takes_what_is_left_in_whole_pages():
+    fixed = NEEDS.dense + NEEDS.device_experts * NEEDS.expert
+    tokens = plan(140, 768).kv_tokens
+    assert tokens % 64 == 0
+    assert fixed + tokens * NEEDS.kv_token <= 140 * GIB * 0.9 < fixed + (tokens + 64) * NEEDS.kv_token
+    assert plan(400, 768).kv_tokens == 202_752
+    assert plan(400, 768, wanted=1000).kv_tokens == 1024
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"device": 140, "host": 512}, ["host memory", "16950 experts", "512.00 GiB"]),
+        ({"device": 80, "host": 768}, ["dense weights 35.64 GiB", "2250 device experts", "72.00 GiB"]),
+        ({"device": 140, "host": 768, "wanted": 400_000}, ["400000 tokens", "--max-total-tokens"]),
+        ({"device": 64, "host": 64, "shared": True}, ["16950 host experts", "57.60 GiB"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_arithmetic(arguments, words):
+    with pytest.raises(UserError) as error:
+        plan(**arguments)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_the_report_names_both_tiers():
+    device, host = plan(140, 768).report()
+    assert "dense weights 35.64 GiB" in device and "2250 experts" in device and "16950 experts" in host
