@@ -229,10 +229,12 @@ class ServerConfig(Flags):
     api_key: str | None = flag(None, "require this key (Authorization: Bearer, or x-api-key)")
     reasoning_parser: str | None = flag(None, "separate reasoning from content", choices=("glm45",))
     tool_call_parser: str | None = flag(None, "turn tool-call text into tool_calls", choices=("glm47",))
-    enable_auto_tool_choice: bool = flag(False, "accepted; tool_choice auto is always on with --tool-call-parser")
+    enable_auto_tool_choice: bool = flag(False, "what --tool-call-parser does anyway; needs it")
     watchdog_timeout: float = flag(300.0, "seconds without progress after which the server gives up", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.port > 65535:
             raise ConfigError(f"--port is {self.port}; it must be at most 65535.")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser glm47.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,14 @@ class ModelConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> ModelConfig:
-        """Reads FOLDER/config.json. Raises ConfigError."""
+        """Reads FOLDER/config.json, and further end tokens from generation_config.json. Raises ConfigError."""
         path = Path(folder) / "config.json"
-        return cls.parse(read_json(path, f"{folder} is not a checkpoint in Hugging Face format"), str(path))
+        config = cls.parse(read_json(path, f"{folder} is not a checkpoint in Hugging Face format"), str(path))
+        path = Path(folder) / "generation_config.json"
+        if not path.exists():
+            return config
+        more = _token_ids(_Reader(read_json(path, f"{path} cannot be read"), str(path)), "eos_token_id")
+        return replace(config, eos_token_ids=tuple(sorted({*config.eos_token_ids, *more})))
 
     @classmethod
     def parse(cls, data: dict[str, Any], where: str = "config.json") -> ModelConfig:

@@ -62,6 +62,7 @@ def test_the_cards_command_parses_and_says_what_has_no_effect():
         ("--kt-expert-placement-strategy frequency", ["--init-expert-location"]),
         ("--init-expert-location f.pt", ["no effect", "uniform"]),
         ("--chunked-prefill-size 0", ["--chunked-prefill-size", "at least 1"]),
+        ("--enable-auto-tool-choice", ["--tool-call-parser glm47"]),
         ("--port 70000", ["70000", "65535"]),
         ("--max-total-tokens 0", ["--max-total-tokens", "at least 1"]),
     ],

@@ -77,6 +77,16 @@ def test_an_unsupported_value_is_one_sentence(overrides, words):
     assert "config.json" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_end_tokens_come_from_both_files(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(eos_token_id=[5, 3])))
+    assert ModelConfig.load(tmp_path).eos_token_ids == (5, 3)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 9]}))
+    assert ModelConfig.load(tmp_path).eos_token_ids == (3, 5, 9)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        ModelConfig.load(tmp_path)
+
+
 def test_files_that_are_no_config(tmp_path):
     with pytest.raises(ConfigError, match="not a checkpoint"):
         ModelConfig.load(tmp_path)

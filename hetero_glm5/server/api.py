@@ -1,0 +1,196 @@
+"""The HTTP API: routes, errors in OpenAI's shape, limits and keys. What a request does is in streaming.py."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from hetero_glm5.config import ServerConfig
+from hetero_glm5.core import RequestError
+from hetero_glm5.server.errors import KNOWN, NotReady, UnknownModel, describe, error_body
+from hetero_glm5.server.parsers import OutputParser
+from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, SamplingRequest, parse_request
+from hetero_glm5.server.responses import Answer
+from hetero_glm5.server.streaming import (
+    ChatCollector,
+    Collector,
+    EventStream,
+    TextCollector,
+    collect,
+    stream,
+    unless_disconnected,
+)
+from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
+from hetero_glm5.server.worker import EngineWorker
+
+MAX_BODY_BYTES = 64 << 20  # a prompt of a million tokens is about 4 MB
+RETRY_SECONDS = "5"
+STREAM_PATIENCE = 1.0  # seconds for the engine to refuse a stream; then its headers go out
+
+
+class Service:
+    """What the routes need: the engine, the tokenizer and how the model is called."""
+
+    def __init__(
+        self,
+        worker: EngineWorker,
+        tokenizer: Tokenizer,
+        model: str,
+        config: ServerConfig,
+        defaults: SamplingDefaults,
+    ):
+        self.worker, self.tokenizer, self.model, self.config, self.defaults = worker, tokenizer, model, config, defaults
+        self.started = int(time.time())
+
+    async def health(self) -> Response:
+        worker = self.worker
+        if worker.state == "ready":
+            return _json({"status": "ok"})
+        if worker.state == "failed":
+            return _json({"status": "failed", "message": worker.failure}, 503)
+        progress = worker.progress
+        body = {
+            "status": "loading",
+            "stage": progress.stage,
+            "bytes_done": progress.bytes_done,
+            "bytes_total": progress.bytes_total,
+            "gb_per_s": round(progress.gb_per_s, 3),
+            "eta_seconds": progress.eta_seconds,
+        }
+        return _json(body, 503, {"Retry-After": RETRY_SECONDS})
+
+    async def models(self) -> Response:
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def one_model(self, name: str) -> Response:
+        self._check_model(name)
+        return _json(self._card())
+
+    async def completions(self, request: Request) -> Response:
+        asked = parse_request(CompletionRequest, await self._body(request))
+        self._check_model(asked.model)
+        prompts = [
+            p if isinstance(p, list) else await asyncio.to_thread(self.tokenizer.encode, p) for p in asked.prompt
+        ]
+        return await self._answer(
+            request, asked, prompts, TextCollector(prompts), Answer(self.model, "text_completion")
+        )
+
+    async def chat(self, request: Request) -> Response:
+        asked = parse_request(ChatRequest, await self._body(request))
+        self._check_model(asked.model)
+        text, prompt = await asyncio.to_thread(self._chat_prompt, asked)
+        parser = OutputParser(
+            thinking=text.rstrip().endswith("<think>"),
+            reasoning=self.config.reasoning_parser is not None,
+            tools=asked.offered_tools if self.config.tool_call_parser is not None else None,
+        )
+        collector = ChatCollector(prompt, parser, counts_reasoning=self.config.reasoning_parser is not None)
+        return await self._answer(request, asked, [prompt], collector, Answer(self.model, "chat.completion"))
+
+    def _chat_prompt(self, asked: ChatRequest) -> tuple[str, list[int]]:
+        messages, tools = asked.plain_messages, asked.offered_tools
+        if tools is not None and self.config.tool_call_parser is None:
+            raise RequestError("tools need a server started with --tool-call-parser glm47.", "tools")
+        text = self.tokenizer.render_chat(messages, tools, **asked.template_kwargs)
+        return text, self.tokenizer.encode(text)
+
+    async def _answer(
+        self, request: Request, asked: SamplingRequest, prompts: list[list[int]], collector: Collector, answer: Answer
+    ) -> Response:
+        patience = STREAM_PATIENCE if asked.stream else None
+        generation = await self.worker.submit(prompts, asked.sampling(self.defaults), patience)
+        if asked.stream:
+            chunks = stream(generation, collector, answer, include_usage=asked.include_usage)
+            return EventStream(chunks, lambda: self.worker.close(generation))
+        try:
+            whole = await unless_disconnected(request, collect(generation, collector, answer))
+        finally:
+            self.worker.close(generation)
+        return Response(status_code=499) if whole is None else _json(whole)
+
+    async def _body(self, request: Request) -> bytes:
+        if self.worker.state != "ready":  # said before a long prompt is read and encoded
+            raise NotReady(self.worker.failure or "The model is still loading; see /health.")
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_BODY_BYTES:
+                raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
+        return bytes(body)
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, self.model):
+            raise UnknownModel(f"The model {name!r} does not exist; this server serves {self.model!r}.", "model")
+
+    def _card(self) -> dict[str, Any]:
+        length = self.worker.context_length or None  # not known while loading
+        return {
+            "id": self.model,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "hetero_glm5",
+            "max_model_len": length,
+        }
+
+
+def create_app(service: Service) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await service.worker.stop()
+
+    app = FastAPI(title="hetero_glm5", lifespan=lifespan, openapi_url=None)
+    app.add_api_route("/health", service.health)
+    guarded = APIRouter(prefix="/v1", dependencies=[Depends(_key_check(service.config.api_key))])
+    guarded.add_api_route("/models", service.models)
+    guarded.add_api_route("/models/{name:path}", service.one_model)
+    guarded.add_api_route("/completions", service.completions, methods=["POST"])
+    guarded.add_api_route("/chat/completions", service.chat, methods=["POST"])
+    app.include_router(guarded)
+    for kind in KNOWN:
+        app.add_exception_handler(kind, _known_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _bug)
+    return app
+
+
+def _key_check(key: str | None) -> Any:
+    async def check(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ") or request.headers.get("x-api-key", "")
+        if key is not None and not hmac.compare_digest(given.encode("latin-1"), key.encode()):  # headers are bytes
+            raise HTTPException(401, "The API key is missing or wrong: send Authorization: Bearer KEY.")
+
+    return check
+
+
+def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), status, headers, media_type="application/json")
+
+
+async def _known_error(request: Request, error: Exception) -> Response:
+    status, body = describe(error)
+    return _json(body, status, {"Retry-After": RETRY_SECONDS} if status in (429, 503) else None)
+
+
+async def _http_error(request: Request, error: Any) -> Response:
+    """Routing errors: 404, 405, and those that this file raises."""
+    where = f"{request.method} {request.url.path}"
+    sentences = {404: f"{where} is not a route of this server.", 405: f"{where}: this method is not allowed here."}
+    codes = {401: "invalid_api_key", 404: "unknown_route", 405: "method_not_allowed", 413: "body_too_large"}
+    message = sentences.get(error.status_code, str(error.detail))
+    body = error_body(message, "invalid_request_error", None, codes.get(error.status_code))
+    return _json(body, error.status_code, error.headers)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    return _json(error_body(f"Internal error: {type(error).__name__}: {error}", "server_error"), 500)

@@ -1,0 +1,39 @@
+"""What can go wrong with a request, and how each is told: one table for status lines and for streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hetero_glm5.core import QueueFull, RequestError
+
+
+class UnknownModel(RequestError):
+    """The request names a model that is not served."""
+
+
+class NotReady(Exception):
+    """The engine is still loading, or has ended."""
+
+
+class GenerationFailed(Exception):
+    """The engine could not finish this request."""
+
+
+KNOWN: dict[type[Exception], tuple[int, str, str | None]] = {  # HTTP status, OpenAI's type and code
+    RequestError: (400, "invalid_request_error", None),
+    UnknownModel: (404, "invalid_request_error", "model_not_found"),
+    QueueFull: (429, "rate_limit_error", "queue_full"),
+    NotReady: (503, "server_error", "not_ready"),
+    GenerationFailed: (500, "server_error", "generation_failed"),
+}
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body of an error of a KNOWN type or one derived from it."""
+    status, kind, code = next(KNOWN[known] for known in type(error).__mro__ if known in KNOWN)
+    param = error.param if isinstance(error, RequestError) else None
+    return status, error_body(str(error), kind, param, code)

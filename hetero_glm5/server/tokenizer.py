@@ -1,0 +1,114 @@
+"""Text to token ids and back, and what a checkpoint's folder says about prompts and sampling.
+
+GLM-5's tokenizer is byte-level BPE: each token stands for bytes, and every character of its spelling for one byte. So
+text is the tokens' bytes decoded as UTF-8, and a stream is an incremental UTF-8 decoder. Special tokens stay visible:
+the output parsers need `<think>` and its like.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from hetero_glm5.core import RequestError, UserError
+from hetero_glm5.model_config import read_json
+from hetero_glm5.server.chat_template import ChatTemplate
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """generation_config.json: what a request that names no value gets."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> SamplingDefaults:
+        path = Path(folder) / "generation_config.json"
+        data = read_json(path, "the sampling defaults cannot be read") if path.exists() else {}
+        values = {key: data[key] for key in ("temperature", "top_p", "top_k") if data.get(key) is not None}
+        for key, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f'{path}: "{key}" is {value!r}; it must be a number.')
+        return cls(**values)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.json and chat template. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, template: ChatTemplate | None = None):
+        self._tokenizer, self._template = tokenizer, template
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """Reads tokenizer.json and, if there is one, the chat template. Raises UserError."""
+        path = Path(folder) / "tokenizer.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The tokenizer cannot be read: {path}: {getattr(error, 'strerror', error)}.") from error
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{path} is no tokenizer: {error}. Is the file complete?") from error
+        if "ByteLevel" not in json.dumps(json.loads(text).get("decoder")):
+            raise UserError(f"{path}: GLM-5's tokenizer is byte-level BPE, and this one has no ByteLevel decoder.")
+        return cls(tokenizer, ChatTemplate.from_folder(Path(folder)))
+
+    @property
+    def has_chat(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens spelled in the text become themselves, and none is added."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+
+    def stream(self) -> TextStream:
+        return TextStream(self)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; none for an id without a token (GLM-5 pads its vocabulary)."""
+        spelling = self._tokenizer.id_to_token(token) or ""
+        if all(character in _BYTE_OF for character in spelling):
+            return bytes(_BYTE_OF[character] for character in spelling)
+        return spelling.encode()  # an added token in plain text
+
+    def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, /, **kwargs: Any) -> str:
+        """The prompt for a chat. `kwargs` reach the template; clear_thinking is False unless given. RequestError."""
+        if self._template is None:
+            raise RequestError("This checkpoint has no chat template. Use /v1/completions with a whole prompt.")
+        return self._template.render(messages, tools, kwargs)
+
+
+class TextStream:
+    """Token ids in, whole UTF-8 characters out."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """New text; empty while a character is incomplete."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """What an incomplete character leaves: U+FFFD or nothing."""
+        return self._decoder.decode(b"", final=True)

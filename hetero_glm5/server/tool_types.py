@@ -1,0 +1,110 @@
+"""What type a tool's schema gives an argument, and the JSON that a raw argument value becomes.
+
+GLM writes every argument as plain text between tags; the schema decides what it means. Of the types allowed, the first
+in the order null, integer, number, boolean, object, array that the text parses as wins; otherwise it is a string.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_INTEGER = re.compile(r"[+-]?\d{1,4000}")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_EXACT = 2**53  # above it, not every integral float is the integer that was written
+
+
+def allowed_types(schema: Any, root: Any) -> frozenset[str]:
+    """JSON types that `schema` allows, through unions, enums and local references into `root`.
+
+    A schema that names no type, or an argument without a schema (None), is a string.
+    """
+    return frozenset(_types(schema, root, 0)) or frozenset({"string"})
+
+
+def _types(schema: Any, root: Any, depth: int) -> Iterator[str]:
+    if not isinstance(schema, dict) or depth > 16:
+        return
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        yield from _types(_follow(root, reference), root, depth + 1)
+    kinds = schema.get("type")
+    yield from [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
+    for union in ("anyOf", "oneOf", "allOf"):
+        for option in schema.get(union) or ():
+            yield from _types(option, root, depth + 1)
+    if kinds is None:
+        values = [schema["const"]] if "const" in schema else schema.get("enum") or []
+        yield from (_type_of(value) for value in values)
+    if schema.get("nullable") is True:
+        yield "null"
+
+
+def _follow(root: Any, reference: str) -> Any:
+    for key in reference[2:].split("/"):
+        root = root.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
+    return root
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    kinds = {type(None): "null", int: "integer", float: "number", dict: "object", list: "array"}
+    return kinds.get(type(value), "string")
+
+
+def to_json(value: str, types: frozenset[str]) -> str:
+    """The JSON text of the raw argument `value`."""
+    text = value.strip()
+    for kind, parse in _PARSERS.items():
+        if kind in types and (parsed := parse(text)) is not None:
+            return parsed
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _null(text: str) -> str | None:
+    return "null" if text.lower() == "null" else None
+
+
+def _integer(text: str) -> str | None:
+    return str(int(text)) if _INTEGER.fullmatch(text) else None
+
+
+def _number(text: str) -> str | None:
+    if _INTEGER.fullmatch(text) or not _NUMBER.fullmatch(text):
+        return _integer(text)
+    number = float(text)
+    if not math.isfinite(number):
+        return None
+    return str(int(number)) if number.is_integer() and abs(number) <= _EXACT else repr(number)
+
+
+def _boolean(text: str) -> str | None:
+    return text.lower() if text.lower() in ("true", "false") else None
+
+
+def _container(kind: type) -> Callable[[str], str | None]:
+    def parse(text: str) -> str | None:
+        try:
+            return text if isinstance(json.loads(text, parse_constant=_refuse), kind) else None
+        except (ValueError, RecursionError):
+            return None
+
+    return parse
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_PARSERS: dict[str, Callable[[str], str | None]] = {
+    "null": _null,
+    "integer": _integer,
+    "number": _number,
+    "boolean": _boolean,
+    "object": _container(dict),
+    "array": _container(list),
+}

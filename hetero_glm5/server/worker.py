@@ -1,0 +1,256 @@
+"""The engine's thread, and how requests on the event loop reach it.
+
+The engine thread owns the engine: it loads it, then obeys commands, steps, and hands each step's events to the loop in
+one call. Everything else here belongs to the loop's thread. A third thread watches: when the engine is busy and has
+finished no step for too long, nobody waits for it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import queue
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Literal
+
+from hetero_glm5.core import LoadProgress, QueueFull, RequestError, SamplingParams, Sequence, TokenEvent, UserError
+from hetero_glm5.server.errors import GenerationFailed, NotReady
+
+log = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "failed"]
+Report = Callable[[LoadProgress], None]
+
+
+class Generation:
+    """The answers to one request's prompts, as they come. Made by EngineWorker.submit."""
+
+    def __init__(self, prompts: list[list[int]], params: SamplingParams):
+        self.prompts, self.params = prompts, params
+        self.queue: asyncio.Queue[tuple[int, TokenEvent] | Exception | None] = asyncio.Queue()
+        self.unfinished = len(prompts)
+
+    async def next(self, patience: float | None) -> tuple[int, TokenEvent] | None:
+        """(prompt's number, event); None for "accepted", or when `patience` seconds brought nothing.
+
+        Raises RequestError, QueueFull or GenerationFailed.
+        """
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(patience, self.queue.put_nowait, None) if patience else None
+        try:
+            item = await self.queue.get()
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def events(self, patience: float | None = None) -> AsyncIterator[tuple[int, TokenEvent] | None]:
+        """(prompt's number, event) until every prompt is finished; None now and then, at the latest after `patience`
+        seconds without an event. Raises like next()."""
+        while self.unfinished:
+            item = await self.next(patience)
+            if item is not None:
+                if item[1].finish_reason == "error":
+                    raise GenerationFailed(item[1].error)
+                self.unfinished -= item[1].finish_reason is not None
+            yield item
+
+
+class EngineWorker:
+    """`load` makes the engine, given a callback for progress. `on_ready` and `on_failure` are called on the loop."""
+
+    def __init__(
+        self,
+        load: Callable[[Report], Any],
+        *,
+        watchdog_timeout: float,
+        on_progress: Report = lambda progress: None,
+        on_ready: Callable[[], None] = lambda: None,
+        on_failure: Callable[[], None] = lambda: None,
+    ):
+        self._load, self._timeout = load, watchdog_timeout
+        self._on_progress, self._on_ready, self._on_failure = on_progress, on_ready, on_failure
+        self.state: State = "loading"
+        self.failure: str | None = None
+        self.progress = LoadProgress("starting")
+        self.context_length = 0
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._sequences: dict[Sequence, tuple[Generation, int]] = {}  # the engine thread's
+        self._generations: set[Generation] = set()  # the loop's
+        self._stopping = False
+        self._busy_since: float | None = None  # when the step in progress began
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # On the loop's thread.
+
+    def start(self) -> None:
+        """Starts loading. Call it on the loop that will submit."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    async def stop(self) -> None:
+        """Finishes what was submitted and closes the engine. An engine that is still loading is left behind."""
+        if self.state == "ready":
+            self._commands.put(self._set_stopping)
+            await asyncio.to_thread(self._thread.join)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread still runs."""
+        return self._thread.is_alive()
+
+    @property
+    def num_open(self) -> int:
+        return len(self._generations)
+
+    async def submit(
+        self, prompts: list[list[int]], params: SamplingParams, patience: float | None = None
+    ) -> Generation:
+        """Hands prompts to the engine, all or none, and waits for its word, at most `patience` seconds: the engine
+        listens between two steps, and a step may be long. Close the generation when done with it, finished or not.
+
+        Raises NotReady, RequestError, QueueFull or GenerationFailed; the last three may also come with the events.
+        """
+        if self.state != "ready":
+            raise NotReady(self.failure or "The model is still loading; see /health.")
+        generation = Generation(prompts, params)
+        self._generations.add(generation)
+        self._commands.put(lambda: self._add(generation))
+        try:
+            await generation.next(patience)
+        except BaseException:  # also when cancelled
+            self.close(generation)
+            raise
+        return generation
+
+    def close(self, generation: Generation) -> None:
+        """Nobody listens any more: what is unfinished is aborted."""
+        self._generations.discard(generation)
+        if generation.unfinished:
+            self._commands.put(lambda: self._abort(generation))
+
+    def _fail_all(self, message: str) -> None:
+        for generation in self._generations:
+            generation.queue.put_nowait(GenerationFailed(message))
+
+    def _ready(self) -> None:
+        self.state = "ready"
+        self._on_ready()
+
+    def _die(self, message: str) -> None:
+        if self.failure is None:
+            self.state, self.failure = "failed", message
+            self._fail_all(message)
+            self._on_failure()
+
+    # On the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            self._engine = self._load(self._report)
+        except UserError as error:
+            self._call(self._die, str(error))
+            return
+        except Exception as error:  # the thread ends here: the server must hear of it
+            if not isinstance(error, OSError | MemoryError):
+                log.exception("loading failed")
+            self._call(self._die, f"Loading failed: {type(error).__name__}: {error}")
+            return
+        self.context_length = self._engine.context_length
+        self._call(self._ready)
+        try:
+            self._serve()
+            self._engine.close()
+        except Exception as error:  # the thread ends here: clients must hear of it
+            log.exception("the engine ended")
+            self._call(self._die, f"The engine ended: {type(error).__name__}: {error}")
+
+    def _serve(self) -> None:
+        while not self._stopping or self._engine.busy:
+            self._obey()
+            if self._engine.busy:
+                self._step()
+
+    def _obey(self) -> None:
+        """Runs every waiting command; without work for the engine, waits for one first."""
+        if not self._engine.busy:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _step(self) -> None:
+        self._busy_since = time.monotonic()
+        try:
+            events = self._engine.step()
+        except Exception as error:  # a step fails its requests, not the server
+            log.exception("a step failed")
+            message = f"The engine failed while computing this request: {type(error).__name__}: {error}"
+            for seq in self._sequences:
+                self._engine.abort(seq)
+            events = [TokenEvent(seq, None, "", "error", message) for seq in self._sequences]
+        finally:
+            self._busy_since = None
+        told = [(*self._sequences[event.seq], event) for event in events]
+        for event in events:
+            if event.finish_reason is not None:
+                del self._sequences[event.seq]
+        if told:
+            self._call(_deliver, told)
+        if self._engine.busy and not self._sequences:
+            raise RuntimeError("it still has work after its requests were aborted")
+
+    def _add(self, generation: Generation) -> None:
+        added: list[Sequence] = []
+        answer: Exception | None = None
+        try:
+            for tokens in generation.prompts:
+                added.append(self._engine.add(tokens, generation.params))
+        except Exception as error:  # one request's failure is not the others'
+            known = isinstance(error, RequestError | QueueFull)
+            answer = error if known else GenerationFailed(f"The engine failed: {type(error).__name__}: {error}")
+            for seq in added:
+                self._engine.abort(seq)
+        else:
+            self._sequences |= {seq: (generation, index) for index, seq in enumerate(added)}
+        self._call(generation.queue.put_nowait, answer)
+
+    def _abort(self, generation: Generation) -> None:
+        for seq in [seq for seq, (owner, _) in self._sequences.items() if owner is generation]:
+            del self._sequences[seq]
+            self._engine.abort(seq)
+
+    def _set_stopping(self) -> None:
+        self._stopping = True
+
+    def _report(self, progress: LoadProgress) -> None:
+        self.progress = progress
+        self._on_progress(progress)
+
+    # On any thread.
+
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
+        """Runs `function` on the loop, unless the loop has ended."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _watch(self) -> None:
+        while self._thread.is_alive():
+            time.sleep(min(1.0, self._timeout / 4))
+            since = self._busy_since
+            if since is not None and time.monotonic() - since > self._timeout:
+                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+                message = f"The engine finished no step for {self._timeout:g} s (--watchdog-timeout); giving up."
+                self._call(self._die, message)
+                return
+
+
+def _deliver(told: list[tuple[Generation, int, TokenEvent]]) -> None:
+    for generation, index, event in told:
+        generation.queue.put_nowait((index, event))

@@ -1,0 +1,120 @@
+"""Requests: what is accepted, and the sentence for what is not."""
+
+import json
+
+import pytest
+
+from hetero_glm5.core import RequestError
+from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, parse_request
+from hetero_glm5.server.tokenizer import SamplingDefaults
+
+HI = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+def chat(**fields) -> ChatRequest:
+    return parse_request(ChatRequest, json.dumps({**HI, **fields}).encode())
+
+
+def completion(**fields) -> CompletionRequest:
+    return parse_request(CompletionRequest, json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize(
+    "prompt, want",
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), ("", [""])],
+)
+def test_prompts(prompt, want):
+    assert completion(prompt=prompt).prompt == want
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [], [1, "a"], [[1], "a"], [-1], [True], [[1.5]]])
+def test_other_prompts_are_refused(prompt):
+    with pytest.raises(RequestError, match="prompt must be a string, a list of strings") as caught:
+        completion(prompt=prompt)
+    assert caught.value.param == "prompt"
+
+
+def test_sampling_takes_the_checkpoints_defaults_unless_told():
+    defaults = SamplingDefaults(temperature=0.6, top_p=0.95, top_k=20)
+    plain = chat().sampling(defaults)
+    assert (plain.temperature, plain.top_p, plain.top_k, plain.stop_token_ids) == (0.6, 0.95, 20, ())
+    asked = chat(
+        temperature=0, top_p=1, top_k=-1, seed=5, stop="END", stop_token_ids=[4], ignore_eos=True, min_tokens=2,
+        max_tokens=3, max_completion_tokens=8,
+    ).sampling(defaults)  # fmt: skip
+    assert (asked.temperature, asked.top_p, asked.top_k, asked.seed) == (0, 1, 0, 5)
+    assert (asked.stop, asked.stop_token_ids, asked.min_tokens, asked.max_tokens) == (("END",), (4,), 2, 8)
+    assert asked.ignore_eos
+
+
+def test_fields_that_change_nothing_are_accepted():
+    chat(user="me", metadata={"a": "b"}, store=False, n=1, logprobs=False, presence_penalty=0, frequency_penalty=0.0)
+    chat(response_format={"type": "text"}, logit_bias={}, tool_choice="none", parallel_tool_calls=True, stop=None)
+    chat(tools=None, stream=None, temperature=None, stream_options=None, tool_choice=None)
+
+
+@pytest.mark.parametrize(
+    "fields, param, sentence",
+    [
+        ({"n": 2}, "n", r"n is not supported by this server \(only 1 is\)\."),
+        ({"logprobs": True}, "logprobs", "only false is"),
+        ({"logprobs": 0}, "logprobs", "not supported"),
+        ({"logit_bias": {"1": 2}}, "logit_bias", "not supported"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"tool_choice": "required"}, "tool_choice", 'tool_choice is "required"; only auto and none'),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "only auto and none"),
+        ({"colour": "red"}, "colour", "colour is not a field of this request."),
+        ({"temperature": "hot"}, "temperature", "temperature is wrong: input should be a valid number"),
+        ({"max_tokens": True}, "max_tokens", "should be a valid integer"),
+        ({"max_tokens": 1.5}, "max_tokens", "should be a valid integer"),
+        ({"stop": [1]}, "stop", "stop must be a string or a list of strings."),
+        ({"tools": [{"type": "function"}]}, "tools", "tools must hold functions"),
+        ({"stream_options": {"x": 1}}, "stream_options", "stream_options.x is not a field"),
+        ({"messages": None}, "messages", "valid list"),
+        ({"messages": [{"content": "x"}]}, "messages", r"messages\[0\].role is missing."),
+        ({"messages": [{"role": "robot"}]}, "messages", r"messages\[0\].role is wrong"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages",
+            r"messages\[0\].content has a part of type 'image_url' at \[0\]; only",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", r"messages\[0\].tool_calls must be"),
+    ],
+)
+def test_refusals_name_the_field(fields, param, sentence):
+    with pytest.raises(RequestError, match=sentence) as caught:
+        chat(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("field", ["echo", "best_of", "suffix"])
+def test_fields_of_old_completions_are_refused_by_name(field):
+    with pytest.raises(RequestError, match=field):
+        completion(prompt="a", **{field: 3})
+
+
+@pytest.mark.parametrize(
+    "body, sentence", [(b"", "no valid JSON"), (b'{"a":\n x}', "line 2 column 2"), (b"[]", "object")]
+)
+def test_bodies_that_are_no_json_object(body, sentence):
+    with pytest.raises(RequestError, match=sentence):
+        parse_request(ChatRequest, body)
+
+
+def test_tools_stay_as_they_came_and_other_types_are_skipped():
+    function = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"b": 1, "a": 2}}}
+    asked = chat(tools=[{"type": "web_search"}, function])
+    assert asked.offered_tools == [function]
+    assert chat(tools=[function], tool_choice="none").offered_tools is None
+    assert chat(tools=[{"type": "web_search"}]).offered_tools is None
+
+
+def test_messages_keep_only_what_templates_know():
+    message = {"role": "assistant", "content": None, "refusal": None, "reasoning_content": "r", "audio": {}}
+    assert chat(messages=[message]).plain_messages == [{"role": "assistant", "reasoning_content": "r"}]
+
+
+def test_reasoning_effort_reaches_the_template():
+    asked = chat(reasoning_effort="high", chat_template_kwargs={"enable_thinking": False})
+    assert asked.template_kwargs == {"reasoning_effort": "high", "enable_thinking": False}

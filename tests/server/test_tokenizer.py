@@ -1,0 +1,89 @@
+"""Tokenizer, streaming detokeniser and sampling defaults, on the demo's byte-level tokenizer."""
+
+import json
+import random
+
+import pytest
+
+from hetero_glm5.core import RequestError, UserError
+from hetero_glm5.demo.tokenizer import build_tokenizer
+from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
+
+TEXTS = ["", "plain", "今天天气很好 👩‍👩‍👧 Ünïcödé", "<|user|>Hi<|assistant|><think>a</think>\n\n\tb", "\u00a0\u0100Ġ"]
+
+
+@pytest.fixture(scope="module")
+def raw():
+    return build_tokenizer(600)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(raw):
+    return Tokenizer(raw)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives(tokenizer, raw, text):
+    ids = tokenizer.encode(text)
+    stream = tokenizer.stream()
+    assert tokenizer.decode(ids) == text == raw.decode(ids, skip_special_tokens=False)
+    assert "".join(map(stream.push, ids)) + stream.flush() == text
+
+
+def test_special_tokens_are_single_ids_and_no_bos_is_added(tokenizer, raw):
+    assert tokenizer.encode("[gMASK]<sop><|user|>") == [raw.token_to_id(t) for t in ("[gMASK]", "<sop>", "<|user|>")]
+
+
+def test_any_tokens_stream_to_what_decode_gives(tokenizer, raw):
+    draw = random.Random(5)
+    for _ in range(200):
+        ids = [draw.randrange(raw.get_vocab_size() + 20) for _ in range(draw.randrange(30))]
+        stream = tokenizer.stream()
+        pieces = [stream.push(token) for token in ids] + [stream.flush()]
+        known = [token for token in ids if token < raw.get_vocab_size()]
+        assert "".join(pieces) == tokenizer.decode(ids) == raw.decode(known, skip_special_tokens=False)
+
+
+def test_a_character_comes_whole(tokenizer):
+    ids = tokenizer.encode("👩")
+    assert len(ids) > 1
+    stream = tokenizer.stream()
+    assert [stream.push(token) for token in ids] == [""] * (len(ids) - 1) + ["👩"]
+    stream.push(ids[0])
+    assert stream.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [(None, "cannot be read"), ("{", "is no tokenizer"), ('{"model": 1}', "is no tokenizer")],
+)
+def test_bad_tokenizer_is_one_sentence(tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_other_kinds_of_tokenizer_are_refused(tmp_path, raw):
+    data = json.loads(raw.to_str()) | {"decoder": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="ByteLevel"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_chat_needs_a_template(tmp_path, raw):
+    (tmp_path / "tokenizer.json").write_text(raw.to_str())
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("a")
+    with pytest.raises(RequestError, match="no chat template"):
+        tokenizer.render_chat([{"role": "user", "content": "Hi"}], None)
+
+
+def test_sampling_defaults(tmp_path):
+    assert SamplingDefaults.from_folder(tmp_path) == SamplingDefaults()
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"temperature": 0.6, "top_p": 0.95, "top_k": null, "do_sample": true}')
+    assert SamplingDefaults.from_folder(tmp_path) == SamplingDefaults(0.6, 0.95, 0)
+    path.write_text('{"temperature": "hot"}')
+    with pytest.raises(UserError, match="\"temperature\" is 'hot'"):
+        SamplingDefaults.from_folder(tmp_path)

@@ -1,0 +1,197 @@
+"""The engine's thread: accepting, delivering, failing, watching, stopping."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from hetero_glm5.core import QueueFull, RequestError, SamplingParams, UserError
+from hetero_glm5.server.errors import GenerationFailed, NotReady
+from hetero_glm5.server.worker import EngineWorker
+
+PARAMS = SamplingParams(max_tokens=5)
+
+
+async def started(engine, **options) -> EngineWorker:
+    ready = asyncio.Event()
+    options = {"watchdog_timeout": 60, "on_ready": ready.set, "on_failure": ready.set} | options
+    worker = EngineWorker(engine if callable(engine) else lambda progress: engine, **options)
+    worker.start()
+    await asyncio.wait_for(ready.wait(), 10)
+    return worker
+
+
+async def text_of(worker, prompt, params=PARAMS) -> str:
+    generation = await worker.submit([prompt], params)
+    try:
+        return "".join([item[1].text async for item in generation.events() if item])
+    finally:
+        worker.close(generation)
+
+
+def test_fifty_streams_lose_and_double_nothing(fake_engine):
+    async def main():
+        engine = fake_engine()
+        worker = await started(engine)
+        params = SamplingParams(max_tokens=100)
+        texts = await asyncio.gather(*(text_of(worker, [0] * n, params) for n in range(1, 51)))
+        assert texts == ["".join(engine.answer([0] * n)[:100]) for n in range(1, 51)]
+        assert worker.num_open == 0
+        await worker.stop()
+        assert engine.closed
+
+    asyncio.run(main())
+
+
+def test_several_prompts_are_accepted_together_or_not_at_all(fake_engine):
+    async def main():
+        engine = fake_engine(most_waiting=2)
+        worker = await started(engine)
+        generation = await worker.submit([[1], [1, 2]], PARAMS)
+        got = ["", ""]
+        async for item in generation.events():
+            if item:
+                got[item[0]] += item[1].text
+        assert got == ["".join(engine.answer(p)[:5]) for p in ([1], [1, 2])]
+        with pytest.raises(QueueFull):
+            await worker.submit([[1], [1], [1]], PARAMS)
+        assert len(engine.aborted) == 2
+        with pytest.raises(RequestError):
+            await worker.submit([[1] * 2000], PARAMS)
+        await worker.stop()
+
+    asyncio.run(main())
+
+
+def test_closing_aborts(fake_engine):
+    async def main():
+        engine = fake_engine(lambda prompt: ["x"] * 1_000_000)
+        worker = await started(engine)
+        generation = await worker.submit([[1]], SamplingParams())
+        async for _ in generation.events():
+            break
+        worker.close(generation)
+        await worker.stop()  # would last long otherwise
+        assert len(engine.aborted) == 1
+
+    asyncio.run(main())
+
+
+def test_a_failing_step_fails_its_requests_and_serves_on(fake_engine, caplog):
+    async def main():
+        engine = fake_engine()
+
+        def fail():
+            raise ValueError("no luck")
+
+        worker = await started(engine)
+        engine.before_step = fail
+        both = await asyncio.gather(text_of(worker, [1]), text_of(worker, [2]), return_exceptions=True)
+        assert [type(e) for e in both] == [GenerationFailed] * 2
+        assert "ValueError: no luck" in str(both[0])
+        engine.before_step = lambda: None
+        assert await text_of(worker, [1]) == "".join(engine.answer([1])[:5])
+        await worker.stop()
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_cannot_abort_ends_the_worker(fake_engine):
+    async def main():
+        engine = fake_engine()
+
+        def broken(*args):
+            raise ValueError("broken")
+
+        failed = asyncio.Event()
+        worker = await started(engine, on_failure=failed.set)
+        engine.before_step = engine.abort = broken
+        with pytest.raises(GenerationFailed, match="The engine ended: ValueError: broken"):
+            await text_of(worker, [1])
+        await asyncio.wait_for(failed.wait(), 5)
+        with pytest.raises(NotReady):
+            await worker.submit([[1]], PARAMS)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [(UserError("No such folder."), "No such folder."), (MemoryError("x"), "Loading failed: MemoryError: x")],
+)
+def test_a_failing_load_is_one_sentence(error, sentence):
+    def load(progress):
+        raise error
+
+    async def main():
+        worker = await started(load)
+        assert (worker.state, worker.failure) == ("failed", sentence)
+        with pytest.raises(NotReady):
+            await worker.submit([[1]], PARAMS)
+
+    asyncio.run(main())
+
+
+def test_progress_is_seen_while_loading(fake_engine, halfway):
+    go = threading.Event()
+
+    def load(progress):
+        progress(halfway)
+        go.wait(10)
+        return fake_engine()
+
+    async def main():
+        seen = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        worker = EngineWorker(load, watchdog_timeout=9, on_progress=lambda p: loop.call_soon_threadsafe(seen.set))
+        worker.start()
+        await asyncio.wait_for(seen.wait(), 5)
+        assert (worker.state, worker.progress) == ("loading", halfway)
+        go.set()
+        while worker.state == "loading":
+            await asyncio.sleep(0.01)
+        assert worker.context_length == 1000
+        await worker.stop()
+
+    asyncio.run(main())
+
+
+def test_watchdog_trips_on_a_stuck_step_only(fake_engine, capfd):
+    async def main():
+        engine, release = fake_engine(), threading.Event()
+        failed = asyncio.Event()
+        worker = await started(engine, watchdog_timeout=0.2, on_failure=failed.set)
+        engine.before_step = lambda: time.sleep(0.1)  # slow, but going on
+        assert await text_of(worker, [1])
+        await asyncio.sleep(0.3)  # idle is no lack of progress
+        assert worker.state == "ready"
+        engine.before_step = lambda: release.wait(10)
+        with pytest.raises(GenerationFailed, match="finished no step for 0.2 s"):
+            await text_of(worker, [1])
+        await asyncio.wait_for(failed.wait(), 5)
+        assert worker.state == "failed"
+        release.set()
+        return worker
+
+    asyncio.run(main())
+    assert 'File "' in capfd.readouterr().err, "the stacks are dumped"
+
+
+def test_a_refusal_after_the_patience_comes_with_the_events(fake_engine):
+    async def main():
+        engine, entered, hold = fake_engine(), threading.Event(), threading.Event()
+        worker = await started(engine)
+        engine.before_step = lambda: (entered.set(), hold.wait(10))
+        first = await worker.submit([[1]], PARAMS)
+        await asyncio.to_thread(entered.wait, 10)
+        late = await worker.submit([[1] * 2000], PARAMS, patience=0.05)
+        hold.set()
+        with pytest.raises(RequestError):
+            async for _ in late.events():
+                pass
+        worker.close(late)
+        worker.close(first)
+        await worker.stop()
+
+    asyncio.run(main())
