@@ -80,6 +80,8 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.pages.release(seq.pages)
         seq.num_computed = 0
+        if seq.logits is not None:
+            seq.logits.clear()
         self.running.remove(seq)
         self.waiting.appendleft(seq)
 

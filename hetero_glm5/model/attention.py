@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_glm5.model.indexer import Indexer, Selection
-from hetero_glm5.model.state import Cache, Rows
+from hetero_glm5.model.state import Cache, Rows, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 
 
 class Attention:
-    def __init__(self, config: ModelConfig, weights, layer: int, prefix: str):
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int, prefix: str):
         c = self.config = config
         self.layer = layer
         self.q_a = weights(f"{prefix}q_a_proj.weight")  # [q_lora, hidden]
@@ -28,7 +28,8 @@ class Attention:
         self.kv_a = weights(f"{prefix}kv_a_proj_with_mqa.weight")  # [c + rope, hidden]
         self.kv_norm = weights(f"{prefix}kv_a_layernorm.weight")
         kv_b = weights(f"{prefix}kv_b_proj.weight").view(c.num_attention_heads, -1, c.kv_lora_rank)
-        self.w_uk, self.w_uv = kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)  # [H, nope, c] [H, v, c]
+        w_uk, w_uv = kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        self.w_uk, self.w_uv = w_uk.contiguous(), w_uv.contiguous()  # [H, nope, c] [H, v, c]; bmm is slow on views
         self.o = weights(f"{prefix}o_proj.weight")  # [hidden, H·v]
         self.indexer = Indexer(c, weights, f"{prefix}indexer.") if c.has_indexer(layer) else None
 

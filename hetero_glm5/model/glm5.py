@@ -7,15 +7,13 @@ from torch import Tensor
 
 from hetero_glm5.model.layers import Layer
 from hetero_glm5.model.moe import Experts
-from hetero_glm5.model.state import Cache, Rows
+from hetero_glm5.model.state import Cache, Rows, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 
 
 class GLM5:
-    """`weights(name, float32=False)` gives a tensor on the model's device, in the compute type or in fp32."""
-
-    def __init__(self, config: ModelConfig, weights):
+    def __init__(self, config: ModelConfig, weights: Weights):
         self.config = config
         self.embedding = weights("model.embed_tokens.weight")  # [vocab, hidden]
         self.layers = [Layer(config, weights, i) for i in range(config.num_hidden_layers)]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_glm5.model.state import Rows
+from hetero_glm5.model.state import Rows, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 
@@ -21,7 +21,7 @@ Selection = list[Tensor | None]  # for each segment: positions [rows, index_topk
 
 
 class Indexer:
-    def __init__(self, config: ModelConfig, weights, prefix: str):
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str):
         self.config = config
         self.wq_b = weights(f"{prefix}wq_b.weight")  # [heads·dim, q_lora]
         self.wk = weights(f"{prefix}wk.weight")  # [dim, hidden]

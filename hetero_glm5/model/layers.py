@@ -7,14 +7,14 @@ from torch import Tensor
 from hetero_glm5.model.attention import Attention
 from hetero_glm5.model.indexer import Selection
 from hetero_glm5.model.moe import DenseMLP, Experts, MoE
-from hetero_glm5.model.state import Cache, Rows
+from hetero_glm5.model.state import Cache, Rows, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 from hetero_glm5.weights.names import layer_prefix
 
 
 class Layer:
-    def __init__(self, config: ModelConfig, weights, layer: int):
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int):
         prefix = layer_prefix(layer)
         self.eps = config.rms_norm_eps
         self.input_norm = weights(f"{prefix}input_layernorm.weight")

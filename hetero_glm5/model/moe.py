@@ -1,8 +1,8 @@
 """Feed-forward parts: the dense MLP of the first layers, and the MoE: router, shared expert, routed experts.
 
 y = Σ_k w_k·E_k(x) + Shared(x). The routed part is a callable handed in by the engine: `experts(layer, x, ids, weights,
-clock)` starts them and returns a function that waits and gives the sum, so that the shared expert runs meanwhile. This module
-knows no device and no tier.
+clock)` starts them and returns a function that waits and gives the sum, so that the shared expert runs meanwhile.
+This module knows no device and no tier.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_glm5.model.state import Clocked, Rows
+from hetero_glm5.model.state import Clocked, Rows, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 from hetero_glm5.weights.names import EXPERT_MATRICES
@@ -24,7 +24,7 @@ Experts = Callable[[int, Tensor, Tensor, Tensor, Clocked], Join]
 class DenseMLP:
     part = "dense_mlp"
 
-    def __init__(self, weights, prefix: str):
+    def __init__(self, weights: Weights, prefix: str):
         self.matrices = tuple(weights(f"{prefix}{name}.weight") for name in EXPERT_MATRICES)
 
     def __call__(self, x: Tensor, rows: Rows, experts: Experts) -> Tensor:
@@ -37,7 +37,7 @@ class SharedExpert(DenseMLP):
 
 
 class MoE:
-    def __init__(self, config: ModelConfig, weights, layer: int, prefix: str):
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int, prefix: str):
         self.config, self.layer = config, layer
         # fp32 from end to end: rounding the logits or the bias (values near 7, 1e-3 apart) changes the routing.
         self.gate = weights(f"{prefix}gate.weight", float32=True)  # [E, hidden]

@@ -14,13 +14,13 @@ from torch import Tensor
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.layers import Layer
 from hetero_glm5.model.moe import Experts
-from hetero_glm5.model.state import Cache, Rows
+from hetero_glm5.model.state import Cache, Rows, Weights
 from hetero_glm5.ops import reference as ops
 from hetero_glm5.weights.names import layer_prefix
 
 
 class MTP:
-    def __init__(self, model: GLM5, weights):
+    def __init__(self, model: GLM5, weights: Weights):
         self.model, self.config = model, model.config
         layer = self.config.num_hidden_layers
         prefix = layer_prefix(layer)

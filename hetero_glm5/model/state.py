@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +13,13 @@ from torch import Tensor
 from hetero_glm5.core import no_clock
 from hetero_glm5.model_config import ModelConfig
 
-
 Clocked = Callable[[str], AbstractContextManager[None]]  # core.Clock or core.no_clock
+
+
+class Weights(Protocol):
+    """Gives a checkpoint's tensor on the model's device, in the compute type or in fp32."""
+
+    def __call__(self, name: str, float32: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)

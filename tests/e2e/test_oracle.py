@@ -117,6 +117,33 @@ def test_a_ragged_fp8_checkpoint(checkpoints, tmp_path):
         assert difference(llm, tmp_path, random_ids(50)) <= TOLERANCE
 
 
+def test_bf16_agrees_where_nothing_is_chosen_closely(checkpoints):
+    """In bf16 the logits differ by rounding. A selection or a routing that flips makes more of it, so here attention is
+    dense and every expert is chosen. Experts on either tier."""
+    overrides = {"index_topk": 64, "num_experts_per_tok": 16}
+    folder = tiny_checkpoint(checkpoints, dtype="bfloat16", **overrides)
+    ids = random_ids(50)
+    want = oracle_logits(folder, ids)
+    for on_device in (0, 7, 16):
+        with LLM(folder, **EXACT | {"dtype": "bfloat16"}, kt_num_gpu_experts=on_device) as llm:
+            got = llm.logits(ids)
+        assert ((got - want).norm() / want.norm()) < 0.02, on_device
+        assert (got.argmax(-1) == want.argmax(-1)).float().mean() >= 0.94, on_device
+
+
+def test_fp8_experts_are_their_dequantised_selves(checkpoints):
+    """Experts kept in FP8 on the host, unpacked on the device, or upcast to FP32 when they are packed: the same model."""
+    folder = tiny_checkpoint(checkpoints, fp8=True, index_topk=64, num_experts_per_tok=16)
+    ids = random_ids(50)
+    with LLM(folder, **EXACT) as llm:
+        want = llm.logits(ids)
+    for on_device in (0, 7, 16):
+        with LLM(folder, **EXACT, kt_method="FP8", kt_num_gpu_experts=on_device) as llm:
+            assert llm.engine.config.kt_method == "FP8"
+            got = llm.logits(ids)
+        assert ((got - want).norm() / want.norm()) < 0.01, on_device  # the host rounds activations to bf16
+
+
 def test_the_mtp_layer(checkpoints):
     """transformers has no MTP: its model with one layer more holds layer N, which gets z made by hand."""
     folder = tiny_checkpoint(checkpoints)

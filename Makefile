@@ -1,0 +1,72 @@
+# make serve      install, build, write a small random model and serve it (MODEL=folder DEVICE=auto|cuda|cpu ARGS="--port 8000 ...")
+# make test       install, build, lint, check types, run the tests; test-all adds the long ones
+# make bench      time a decode step on a slice of GLM-5 with its true layer shapes (writes 7.9 GB to models/slice)
+# make format     rewrite the Python sources in the project's format; make lint only looks
+#
+# Stamps in .venv remember what is installed (.run, .test) and built (.built); a second run repeats nothing.
+
+PYTHON ?= python3
+MODEL  ?=
+DEVICE ?= auto
+ARGS   ?=
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+INPUTS := pyproject.toml setup.py constraints.txt
+NATIVE := $(shell find csrc cmake CMakeLists.txt -type f 2>/dev/null)
+
+.PHONY: serve test test-all bench format lint
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+serve: MODEL := $(or $(MODEL),models/random)
+serve: $(VENV)/.run $(VENV)/.built $(if $(MODEL),,models/random/config.json)
+	$(PY) -m hetero_glm5.launch_server --model $(MODEL) --device $(DEVICE) $(ARGS)
+
+test: lint
+	$(PY) -m pytest $(ARGS)
+
+test-all: lint
+	$(PY) -m pytest -m "" $(ARGS)
+
+lint: $(VENV)/.test $(VENV)/.built
+	@$(PY) -c "from hetero_glm5 import _C; print('ISA levels here, best first:', *_C.isas())"
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.test
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(VENV)/.run $(VENV)/.built models/slice/config.json
+	$(PY) bench/bench_decode.py --model models/slice $(ARGS)
+
+models/random/config.json: | $(VENV)/.run
+	rm -rf models/random
+	$(PY) -m hetero_glm5.demo.random_checkpoint models/random
+
+models/slice/config.json: | $(VENV)/.run
+	rm -rf models/slice
+	$(PY) bench/make_slice.py models/slice --experts 16
+
+# $(1): what to install, $(2): the oldest Python 3 for it. The build tools live in .venv too, so that a rebuild needs neither network nor isolation.
+define install
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, $(2)) and \
+	  'make $(MAKECMDGOALS) needs Python 3.$(2) or newer; $(PYTHON) is ' + sys.version.split()[0] + '. Use make PYTHON=...')"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -c constraints.txt setuptools pybind11 cmake ninja
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '$(1)'
+endef
+
+$(VENV)/.run: $(INPUTS)
+	$(call install,.,10)
+	touch $@ $(VENV)/.built
+
+$(VENV)/.test: $(INPUTS)
+	$(call install,.[test],11)
+	touch $@ $(VENV)/.run $(VENV)/.built
+
+$(VENV)/.built: $(NATIVE)
+	$(PY) setup.py -q build_ext --inplace
+	touch $@

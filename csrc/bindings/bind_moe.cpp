@@ -1,0 +1,118 @@
+#include <memory>
+#include <optional>
+
+#include "bindings/bindings.h"
+#include "moe/moe_layer.h"
+
+namespace hetero {
+namespace {
+
+// Python's HostPool: the C++ one until close().
+class PoolHandle {
+ public:
+  PoolHandle(int threads, const std::optional<std::string>& isa)
+      : pool_(std::make_shared<HostPool>(threads, isa ? isa->c_str() : nullptr)) {}
+  std::shared_ptr<HostPool> get() const {
+    CHECK(pool_ != nullptr, "this host pool is closed");
+    return pool_;
+  }
+  void close() {
+    py::gil_scoped_release release;  // the queue finishes its jobs first
+    pool_.reset();
+  }
+
+ private:
+  std::shared_ptr<HostPool> pool_;
+};
+
+// One layer on one pool; shares the weights with Python, asks the handle for the pool at each call.
+struct LayerHandle {
+  std::shared_ptr<PoolHandle> pool;
+  std::shared_ptr<ExpertWeights> weights;
+};
+
+struct Arrays {
+  py::array x, ids, weights, y;
+};
+
+MoeCall checked_call(const ExpertWeights& weights, Arrays& a) {
+  const int64_t hidden = weights.layout().hidden;
+  CHECK(a.x.ndim() == 2, "x has shape ", shape_text(a.x), ", must be [tokens, ", hidden, "]");
+  const bool bf16 = a.x.dtype().equal(py::dtype::of<int16_t>());
+  const bool wide = a.ids.dtype().equal(py::dtype::of<int64_t>());
+  const int64_t tokens = a.x.shape(0);
+  bf16 ? check_array<int16_t>("x", a.x, {tokens, hidden}) : check_array<float>("x", a.x, {tokens, hidden});
+  wide ? check_array<int64_t>("topk_ids", a.ids, {tokens, -1}) : check_array<int32_t>("topk_ids", a.ids, {tokens, -1});
+  const int64_t slots = a.ids.shape(1);
+  check_array<float>("topk_weights", a.weights, {tokens, slots});
+  check_array<float>("y", a.y, {tokens, hidden});
+  const Routing routing{a.ids.data(), wide, static_cast<const float*>(a.weights.data()), tokens, slots};
+  return {a.x.data(), bf16, routing, writable<float>("y", a.y)};
+}
+
+void forward(const LayerHandle& layer, py::array x, py::array ids, py::array weights, py::array y) {
+  Arrays arrays{std::move(x), std::move(ids), std::move(weights), std::move(y)};
+  const MoeCall call = checked_call(*layer.weights, arrays);
+  const MoeLayer moe(layer.pool->get(), layer.weights);
+  py::gil_scoped_release release;
+  moe.forward(call);
+}
+
+// A submitted call. Owns its arrays until the job has run; dropped without wait(), it waits.
+class Ticket {
+ public:
+  Ticket(const LayerHandle& layer, Arrays arrays)
+      : arrays_(std::move(arrays)), moe_(layer.pool->get(), layer.weights), call_(checked_call(*layer.weights, arrays_)) {
+    id_ = moe_.pool().queue.submit([](void* self) { static_cast<Ticket*>(self)->run(); }, this);
+  }
+  ~Ticket() {
+    py::gil_scoped_release release;
+    finish();
+  }
+  Ticket(const Ticket&) = delete;
+
+  void wait() {
+    {
+      py::gil_scoped_release release;
+      finish();
+    }
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  void run() { moe_.forward(call_); }
+  void finish() noexcept {
+    if (id_ < 0) return;
+    try {
+      moe_.pool().queue.wait(id_);
+    } catch (...) {
+      error_ = std::current_exception();
+    }
+    id_ = -1;
+  }
+
+  Arrays arrays_;
+  MoeLayer moe_;
+  MoeCall call_;
+  int64_t id_ = -1;
+  std::exception_ptr error_;
+};
+
+}  // namespace
+
+void bind_moe(py::module_& m) {
+  py::class_<PoolHandle, std::shared_ptr<PoolHandle>>(m, "HostPool")
+      .def(py::init<int, const std::optional<std::string>&>(), py::arg("threads"), py::arg("isa"))
+      .def_property_readonly("threads", [](const PoolHandle& p) { return p.get()->threads.threads(); })
+      .def_property_readonly("isa", [](const PoolHandle& p) { return p.get()->kernels.name; })
+      .def("close", &PoolHandle::close);
+  py::class_<Ticket>(m, "Ticket").def("wait", &Ticket::wait);
+  py::class_<LayerHandle>(m, "MoeLayer")
+      .def(py::init<std::shared_ptr<PoolHandle>, std::shared_ptr<ExpertWeights>>(), py::arg("pool"), py::arg("weights"))
+      .def("forward", &forward, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("y"))
+      .def("submit", [](const LayerHandle& layer, py::array x, py::array ids, py::array weights, py::array y) {
+        return std::make_unique<Ticket>(layer, Arrays{std::move(x), std::move(ids), std::move(weights), std::move(y)});
+      }, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("y"));
+}
+
+}  // namespace hetero

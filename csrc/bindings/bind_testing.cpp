@@ -1,0 +1,75 @@
+// `_C.testing`: the inner parts that tests drive directly. Not for use elsewhere.
+#include <memory>
+
+#include "base/bf16.h"
+#include "base/fp16.h"
+#include "base/fp8.h"
+#include "bindings/bindings.h"
+#include "cpu/arena.h"
+#include "cpu/job_queue.h"
+#include "cpu/thread_pool.h"
+
+namespace hetero {
+namespace {
+
+// A queue of Python callables.
+class PyJobQueue {
+ public:
+  int64_t submit(py::function job) {
+    jobs_.push_back(std::make_unique<py::function>(std::move(job)));
+    return queue_.submit(
+        [](void* arg) {
+          py::gil_scoped_acquire gil;
+          (*static_cast<py::function*>(arg))();
+        },
+        jobs_.back().get());
+  }
+  void wait(int64_t ticket) {
+    py::gil_scoped_release release;
+    queue_.wait(ticket);
+  }
+
+ private:
+  std::vector<std::unique_ptr<py::function>> jobs_;
+  JobQueue queue_;
+};
+
+void for_each(ThreadPool& pool, int64_t tasks, const py::function& body) {
+  py::gil_scoped_release release;
+  pool.for_each(tasks, [&](int worker, int64_t task) {
+    py::gil_scoped_acquire gil;
+    body(worker, task);
+  });
+}
+
+// Sums 0..tasks-1 `calls` times, without Python in between.
+int64_t sum_tasks(ThreadPool& pool, int64_t tasks, int calls) {
+  py::gil_scoped_release release;
+  std::atomic<int64_t> sum{0};
+  for (int i = 0; i < calls; i++) pool.for_each(tasks, [&](int, int64_t task) { sum.fetch_add(task, std::memory_order_relaxed); });
+  return sum.load();
+}
+
+}  // namespace
+
+void bind_testing(py::module_& m) {
+  py::module_ t = m.def_submodule("testing");
+  t.def("bf16_to_float", py::vectorize([](uint16_t h) { return bf16_to_float(h); }));
+  t.def("float_to_bf16", py::vectorize([](float f) { return float_to_bf16(f); }));
+  t.def("fp16_to_float", py::vectorize([](uint16_t h) { return fp16_to_float(h); }));
+  t.def("e4m3_to_float", py::vectorize([](uint8_t c) { return e4m3_to_float(c); }));
+  t.def("arena", [](int64_t bytes, const std::vector<int>& nodes) {
+    auto* arena = new Arena(bytes, nodes);
+    const py::capsule owner(arena, [](void* p) { delete static_cast<Arena*>(p); });
+    return py::array_t<uint8_t>({bytes}, arena->data(), owner);
+  });
+  py::class_<ThreadPool>(t, "ThreadPool")
+      .def(py::init<int, const std::vector<int>&>(), py::arg("threads"), py::arg("cores") = std::vector<int>())
+      .def_property_readonly("threads", &ThreadPool::threads)
+      .def("for_each", &for_each)
+      .def("sum_tasks", &sum_tasks);
+  py::class_<PyJobQueue>(t, "JobQueue").def(py::init<>()).def("submit", &PyJobQueue::submit).def("wait", &PyJobQueue::wait);
+  t.attr("JOB_SLOTS") = JobQueue::kSlots;
+}
+
+}  // namespace hetero

@@ -1,0 +1,118 @@
+#include <optional>
+
+#include "bindings/bindings.h"
+#include "cpu/topology.h"
+#include "format/formats.h"
+#include "format/layout.h"
+#include "format/pack.h"
+#include "moe/expert_weights.h"
+
+namespace hetero {
+namespace {
+
+constexpr const char* kPartNames[] = {"gate", "up", "down"};
+
+// Where weight k of a row's 4 bytes of a line is stored, by k.
+std::vector<int> code_order(const ExpertLayout& layout) {
+  return with_format(layout.format, [](auto f) {
+    std::vector<int> order;
+    for (int k = 0; k < f.line_k; k++) order.push_back(f.place(k));
+    return order;
+  });
+}
+
+int part_index(int part) {
+  CHECK(part >= 0 && part < 3, "part ", part, " is not 0 (gate), 1 (up) or 2 (down)");
+  return part;
+}
+
+void pack(const ExpertLayout& layout, py::array& blob, int part, const py::array& source, const std::string& dtype,
+          const std::optional<py::array>& scales) {
+  const char* name = kPartNames[part_index(part)];
+  const MatrixLayout& m = layout.matrix(static_cast<ExpertLayout::Part>(part));
+  const Source from = source_named(dtype);
+  check_array<uint8_t>("blob", blob, {layout.blob_bytes});
+  check_array<uint8_t>(name, source, {-1, -1});
+  const int64_t rows = source.shape(0), cols = source.shape(1) / source_bytes(from);
+  CHECK(rows == m.rows && cols == m.cols, name, " has shape [", rows, ", ", cols, "], must be [", m.rows, ", ", m.cols, "]");
+  const auto blocks = [](int64_t n) { return (n + kScaleBlock - 1) / kScaleBlock; };
+  SourceMatrix matrix{source.data(), from, nullptr};
+  if (scales) {
+    check_array<float>((std::string(name) + " scales").c_str(), *scales, {blocks(m.rows), blocks(m.cols)});
+    matrix.scales = static_cast<const float*>(scales->data());
+  }
+  auto* out = writable<uint8_t>("blob", blob);
+  py::gil_scoped_release release;
+  pack_matrix(layout, static_cast<ExpertLayout::Part>(part), matrix, out);
+}
+
+void dequantize(const ExpertLayout& layout, const py::array& blob, int part, py::array& out) {
+  const MatrixLayout& m = layout.matrix(static_cast<ExpertLayout::Part>(part_index(part)));
+  check_array<uint8_t>("blob", blob, {layout.blob_bytes});
+  check_array<float>("out", out, {m.rows, m.cols});
+  const auto* from = static_cast<const uint8_t*>(blob.data());
+  auto* to = writable<float>("out", out);
+  py::gil_scoped_release release;
+  dequantize_matrix(layout, static_cast<ExpertLayout::Part>(part), from, to);
+}
+
+std::vector<int> node_ids() {
+  std::vector<int> ids;
+  for (const NumaNode& node : read_topology("/sys", usable_cpus())) ids.push_back(node.id);
+  return ids.size() > 1 ? ids : std::vector<int>();
+}
+
+std::vector<int> resident_ids(const ExpertWeights& weights) {
+  std::vector<int> ids;
+  for (int e = 0; e < weights.experts(); e++)
+    if (weights.resident()[e]) ids.push_back(e);
+  return ids;
+}
+
+py::array blob_view(const py::object& self, int expert) {
+  const auto& weights = self.cast<const ExpertWeights&>();
+  return py::array_t<uint8_t>({weights.layout().blob_bytes}, weights.blob(expert), self);
+}
+
+}  // namespace
+
+void bind_weights(py::module_& m) {
+  m.attr("LAYOUT_VERSION") = kLayoutVersion;
+  m.attr("TILE_ROWS") = kTileRows;
+  m.attr("LINE_BYTES") = kLineBytes;
+  m.attr("BLOB_ALIGN") = kBlobAlign;
+  m.attr("FP8_BLOCK") = kScaleBlock;
+  m.def("formats", &format_names);
+
+  py::class_<MatrixLayout>(m, "MatrixLayout")
+      .def_readonly("rows", &MatrixLayout::rows)
+      .def_readonly("cols", &MatrixLayout::cols)
+      .def_readonly("tiles", &MatrixLayout::tiles)
+      .def_readonly("lines", &MatrixLayout::lines)
+      .def_readonly("scale_cols", &MatrixLayout::scale_cols)
+      .def_readonly("scale_offset", &MatrixLayout::scale_offset)
+      .def_readonly("tile_bytes", &MatrixLayout::tile_bytes);
+  py::class_<ExpertLayout>(m, "ExpertLayout")
+      .def(py::init([](const std::string& method, int64_t hidden, int64_t intermediate) {
+             return ExpertLayout(format_named(method), hidden, intermediate);
+           }), py::arg("method"), py::arg("hidden"), py::arg("intermediate"))
+      .def_property_readonly("method", [](const ExpertLayout& l) { return format_name(l.format); })
+      .def_readonly("hidden", &ExpertLayout::hidden)
+      .def_readonly("intermediate", &ExpertLayout::intermediate)
+      .def_readonly("gate", &ExpertLayout::gate)
+      .def_readonly("down", &ExpertLayout::down)
+      .def_readonly("down_offset", &ExpertLayout::down_offset)
+      .def_readonly("blob_bytes", &ExpertLayout::blob_bytes)
+      .def_property_readonly("code_order", &code_order, "where weight k of a row's 4 bytes of a line is stored, by k");
+  m.def("pack", &pack, py::arg("layout"), py::arg("blob"), py::arg("part"), py::arg("source"), py::arg("dtype"), py::arg("scales"));
+  m.def("dequantize", &dequantize, py::arg("layout"), py::arg("blob"), py::arg("part"), py::arg("out"));
+
+  py::class_<ExpertWeights, std::shared_ptr<ExpertWeights>>(m, "ExpertWeights")
+      .def(py::init([](const ExpertLayout& layout, int experts, const std::vector<int>& resident) {
+             return std::make_shared<ExpertWeights>(layout, experts, resident, node_ids());
+           }), py::arg("layout"), py::arg("experts"), py::arg("resident"))
+      .def_property_readonly("resident", &resident_ids)
+      .def("blob", &blob_view);
+}
+
+}  // namespace hetero

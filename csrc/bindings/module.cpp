@@ -1,0 +1,9 @@
+#include "bindings/bindings.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels and host threads of hetero_glm5.";
+  hetero::bind_cpu(m);
+  hetero::bind_weights(m);
+  hetero::bind_moe(m);
+  hetero::bind_testing(m);
+}

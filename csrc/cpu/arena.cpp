@@ -1,0 +1,51 @@
+#include "cpu/arena.h"
+
+#include <linux/mempolicy.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <new>
+#include <utility>
+
+namespace hetero {
+namespace {
+
+constexpr int64_t kHugePage = 2 << 20;
+constexpr int kBits = 64;
+
+void place(void* data, int64_t bytes, const std::vector<int>& nodes) {
+  if (nodes.empty()) return;
+  const int highest = *std::max_element(nodes.begin(), nodes.end());
+  std::vector<unsigned long> mask(highest / kBits + 1);
+  for (int node : nodes) mask[node / kBits] |= 1UL << (node % kBits);
+  const int policy = nodes.size() == 1 ? MPOL_BIND : MPOL_INTERLEAVE;
+  syscall(SYS_mbind, data, bytes, policy, mask.data(), mask.size() * kBits + 1, 0);
+}
+
+}  // namespace
+
+Arena::Arena(int64_t bytes, const std::vector<int>& nodes) : bytes_(bytes) {
+  mapped_ = bytes + kHugePage;
+  void* mapping = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapping == MAP_FAILED) throw std::bad_alloc();
+  mapping_ = static_cast<uint8_t*>(mapping);
+  const auto address = reinterpret_cast<uintptr_t>(mapping);
+  data_ = mapping_ + (kHugePage - address % kHugePage) % kHugePage;
+  if (bytes >= kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
+  place(data_, bytes, nodes);
+}
+
+Arena::~Arena() {
+  if (mapping_ != nullptr) munmap(mapping_, mapped_);
+}
+
+void Arena::swap(Arena& other) noexcept {
+  std::swap(mapping_, other.mapping_);
+  std::swap(data_, other.data_);
+  std::swap(mapped_, other.mapped_);
+  std::swap(bytes_, other.bytes_);
+}
+
+}  // namespace hetero

@@ -1,0 +1,126 @@
+// The vector interface on AVX-512 (F, BW, VL, DQ): sixteen floats are one register. With BF16 and VBMI a pair stays packed
+// (vdpbf16ps) and E4M3 is widened by two 128-entry byte look-ups; without them both become fp32 FMAs. vdpbf16ps flushes
+// subnormal inputs, which touches only activations below 2^-126: every E4M3 value is a normal bf16.
+// See vec_scalar.h for what each operation means.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "base/bf16.h"
+#include "base/fp8.h"
+
+namespace hetero {
+namespace {
+
+constexpr int kTiles = 2;
+constexpr int kTokens = 12;  // 2 x 12 sums + 2 weights + 1 activation of 32 registers
+constexpr int kFoldTokens = 8;  // 16 sums, since widening needs registers too
+
+struct F32 {
+  __m512 v;
+};
+
+inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+inline F32 set1(float a) { return {_mm512_set1_ps(a)}; }
+inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32 div(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+
+inline __m512i bits(__m512 a) { return _mm512_castps_si512(a); }
+inline __m512 floats(__m512i a) { return _mm512_castsi512_ps(a); }
+
+inline F32 scale_exp2(F32 a, F32 shifted) { return {floats(_mm512_add_epi32(bits(a.v), _mm512_slli_epi32(bits(shifted.v), 23)))}; }
+
+inline F32 load_bf16(const uint16_t* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+inline void store_bf16(uint16_t* p, F32 a) {
+  const __m512i u = bits(a.v), upper = _mm512_srli_epi32(u, 16);
+  const __m512i even = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i h = _mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(h));
+}
+
+inline __m512i whole_line(const uint8_t* line) { return _mm512_load_si512(line); }
+inline F32 load_line(const uint8_t* line) { return {floats(whole_line(line))}; }
+inline F32 dot(F32 acc, F32 w, uint32_t x) { return fma(w, set1(as_float(x)), acc); }
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+
+struct Pair {
+  __m512bh v;
+};
+inline Pair load_pair(const uint8_t* line) { return {(__m512bh)whole_line(line)}; }
+inline F32 dot(F32 acc, Pair w, uint32_t x) {
+  return {_mm512_dpbf16_ps(acc.v, w.v, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)))};
+}
+
+struct alignas(64) E4m3Bytes {  // high and low byte of the bf16 of each non-negative code
+  uint8_t high[128] = {}, low[128] = {};
+  constexpr E4m3Bytes() {
+    for (int i = 0; i < 128; i++) {
+      const uint16_t h = float_to_bf16(e4m3_to_float(static_cast<uint8_t>(i)));
+      high[i] = static_cast<uint8_t>(h >> 8);
+      low[i] = static_cast<uint8_t>(h & 255);
+    }
+  }
+};
+constexpr E4m3Bytes kE4m3Bytes;
+
+inline void load_e4m3(const uint8_t* line, Pair& first, Pair& second) {
+  const __m512i code = whole_line(line), low_bytes = _mm512_set1_epi16(255);
+  const auto look_up = [&](const uint8_t* table) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
+  };
+  const __m512i low = look_up(kE4m3Bytes.low);
+  const __m512i sign = _mm512_set1_epi8(static_cast<char>(128));
+  const __m512i high = _mm512_ternarylogic_epi32(look_up(kE4m3Bytes.high), code, sign, 0xF8);    // high | (code & sign)
+  first.v = (__m512bh)_mm512_ternarylogic_epi32(low, low_bytes, _mm512_slli_epi16(high, 8), 0xEA);   // (low & 255) | high << 8
+  second.v = (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi16(low, 8), low_bytes, high, 0xF2);  // low >> 8 | (high & ~255)
+}
+
+#else
+
+struct Pair {
+  F32 even, odd;
+};
+inline __m512 high_bf16(__m512i d) { return floats(_mm512_and_si512(d, _mm512_set1_epi32(static_cast<int>(0xffff0000)))); }
+inline Pair load_pair(const uint8_t* line) {
+  const __m512i d = whole_line(line);
+  return {{floats(_mm512_slli_epi32(d, 16))}, {high_bf16(d)}};
+}
+inline F32 dot(F32 acc, const Pair& w, uint32_t x) {
+  return fma(w.odd, set1(as_float(x & 0xffff0000)), fma(w.even, set1(as_float(x << 16)), acc));
+}
+
+// The E4M3 byte on top of each dword; see vec_avx2.h.
+inline F32 top_e4m3(__m512i d) {
+  const __m512i code = _mm512_and_si512(_mm512_srli_epi32(d, 4), _mm512_set1_epi32(0x07f00000));
+  const __m512 raised = floats(_mm512_add_epi32(code, _mm512_set1_epi32(121 << 23)));
+  const __m512i subnormal = bits(_mm512_sub_ps(raised, _mm512_set1_ps(0x1p-6f)));
+  const __mmask16 is_normal = _mm512_cmpge_epi32_mask(code, _mm512_set1_epi32(1 << 23));
+  const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(0x07f00000));
+  __m512i value = _mm512_mask_add_epi32(subnormal, is_normal, code, _mm512_set1_epi32(120 << 23));
+  value = _mm512_mask_mov_epi32(value, is_nan, _mm512_set1_epi32(0x7fc00000));
+  return {floats(_mm512_ternarylogic_epi32(value, d, _mm512_set1_epi32(static_cast<int>(0x80000000)), 0xF8))};
+}
+inline void load_e4m3(const uint8_t* line, Pair& first, Pair& second) {
+  const __m512i d = whole_line(line);
+  first = {top_e4m3(_mm512_slli_epi32(d, 24)), top_e4m3(_mm512_slli_epi32(d, 8))};
+  second = {top_e4m3(_mm512_slli_epi32(d, 16)), top_e4m3(d)};
+}
+
+#endif
+
+}  // namespace
+}  // namespace hetero

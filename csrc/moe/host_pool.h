@@ -1,0 +1,47 @@
+// What all layers of the host tier share: the threads, the kernels they run, their scratch, and the queue thread. Scratch
+// grows to the largest call and is then reused; a call holds `turn` while it uses it.
+#pragma once
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "cpu/arena.h"
+#include "cpu/job_queue.h"
+#include "cpu/thread_pool.h"
+#include "kernel/kernels.h"
+#include "moe/token_groups.h"
+
+namespace hetero {
+
+template <class T> class ScratchBuffer {
+ public:
+  void reserve(int64_t count) {  // contents are lost when it grows
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    if (bytes > memory_.bytes()) memory_ = Arena(bytes + bytes / 2);
+  }
+  T* data() const { return reinterpret_cast<T*>(memory_.data()); }
+
+ private:
+  Arena memory_;
+};
+
+struct WorkerScratch {
+  ScratchBuffer<uint32_t> activations;  // packed rows of one panel ...
+  int64_t packed_panel = -1;            // ... namely this one of the current call
+  ScratchBuffer<float> sums;            // of two tiles and one panel
+};
+
+struct HostPool {
+  // threads: 0 = every physical core of the cpuset. isa: a name, or null for the best.
+  HostPool(int threads, const char* isa);
+
+  const KernelTable& kernels;
+  ThreadPool threads;
+  std::mutex turn;
+  TokenGroups groups;
+  ScratchBuffer<uint32_t> hidden;  // packed activations of every panel: [sorted pair][steps]
+  std::vector<WorkerScratch> workers;
+  JobQueue queue;  // last: it drains first, and its jobs use the rest
+};
+
+}  // namespace hetero

@@ -1,0 +1,81 @@
+"""The host tier: one layer's routed experts on CPU cores, over _C. Names no weight format and no ISA."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_glm5 import _C
+from hetero_glm5.weights.quantize import PackedExperts, host_array
+
+
+class HostPool:
+    """Threads, scratch and the queue thread, shared by all layers.
+
+    threads: 0 = every physical core of the cpuset; the calling thread is one of them. isa: a name of _C.isas();
+    None = what HETERO_GLM5_ISA names, else the best. ValueError on a name that is not present. Calls take turns.
+    """
+
+    def __init__(self, threads: int = 0, isa: str | None = None) -> None:
+        self._c = _C.HostPool(threads, isa)
+        self.threads: int = self._c.threads
+        self.isa: str = self._c.isa
+
+    def close(self) -> None:
+        """Runs what was submitted, ends the threads. Later calls raise ValueError; closing twice is fine."""
+        self._c.close()
+
+
+class Ticket:
+    """A submitted call. Dropping it unwaited waits for the call, because the call uses its memory."""
+
+    def __init__(self, c: _C.Ticket, y: Tensor) -> None:
+        self._c = c
+        self._y = y
+
+    def wait(self) -> Tensor:
+        """-> y [T, H] float32 once it is complete; raises what the call raised. May be called again."""
+        self._c.wait()
+        return self._y
+
+
+class CpuExperts:
+    """y[t] = sum over k of weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t]), e = ids[t, k], on the host.
+
+    A row's result does not depend, bit for bit, on the other rows or on the number of threads.
+    pool: a shared HostPool; without one, an own pool of `threads` and `isa` is made.
+    """
+
+    def __init__(
+        self, packed: PackedExperts, threads: int = 2, isa: str | None = None, pool: HostPool | None = None
+    ) -> None:
+        self.packed = packed
+        self.pool = HostPool(threads, isa) if pool is None else pool
+        self._c = _C.MoeLayer(self.pool._c, packed.weights)
+
+    @property
+    def isa(self) -> str:
+        return self.pool.isa
+
+    def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """x [T, H] float32 or bfloat16, topk_ids [T, k] int32 or int64 (-1 = not on this tier), topk_weights [T, k]
+        float32, all contiguous on the CPU, T >= 0 -> y [T, H] float32.
+
+        ValueError on a wrong shape or dtype, and on an id that is outside -1..E-1 or not resident.
+        """
+        y = self._output(x)
+        self._c.forward(*_arrays(x, topk_ids, topk_weights), y.numpy())
+        return y
+
+    def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Ticket:
+        """The same on the queue thread. The inputs are kept alive and must not be written before wait() returns."""
+        y = self._output(x)
+        return Ticket(self._c.submit(*_arrays(x, topk_ids, topk_weights), y.numpy()), y)
+
+    def _output(self, x: Tensor) -> Tensor:
+        return torch.empty((x.shape[0], self.packed.layout.hidden), dtype=torch.float32)
+
+
+def _arrays(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return host_array("x", x), host_array("topk_ids", topk_ids), host_array("topk_weights", topk_weights)
