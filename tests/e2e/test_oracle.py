@@ -132,7 +132,7 @@ def test_bf16_agrees_where_nothing_is_chosen_closely(checkpoints):
 
 
 def test_fp8_experts_are_their_dequantised_selves(checkpoints):
-    """Experts kept in FP8 on the host, unpacked on the device, or upcast to FP32 when they are packed: the same model."""
+    """Experts kept in FP8 on the host, unpacked on the device, or upcast to FP32 when packed: the same model."""
     folder = tiny_checkpoint(checkpoints, fp8=True, index_topk=64, num_experts_per_tok=16)
     ids = random_ids(50)
     with LLM(folder, **EXACT) as llm:
