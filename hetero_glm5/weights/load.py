@@ -73,7 +73,7 @@ class ModelWeights:
         """One routed expert as stored, on the CPU: gate and up [I, H], down [H, I], and their scales if FP8."""
         names = [f"{expert_prefix(layer, expert)}{matrix}.weight" for matrix in EXPERT_MATRICES]
         scales = tuple(self._experts.read_scales(name) for name in names)
-        gate, up, down = (self._experts.read_raw(name) for name in names)
+        gate, up, down = self._experts.read_raw(*names)
         if all(scale is None for scale in scales):
             return gate, up, down, None
         if any(scale is None for scale in scales):

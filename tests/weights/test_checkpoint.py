@@ -30,7 +30,9 @@ def test_read_converts(tmp_path, monkeypatch, stored, wanted):
     checkpoint = Checkpoint(write(tmp_path, tensors))
     for name, tensor in tensors.items():
         assert torch.equal(checkpoint.read(name, wanted), tensor.to(wanted))
-        assert torch.equal(checkpoint.read_raw(name), tensor)
+        assert torch.equal(checkpoint.read_raw(name)[0], tensor)
+    for got, want in zip(checkpoint.read_raw(*tensors), tensors.values(), strict=True):
+        assert torch.equal(got, want)
     assert checkpoint.bytes_read >= sum(t.nbytes for t in tensors.values())
 
 
