@@ -10,6 +10,9 @@ name: the step's wall time less all named parts.
 
 from __future__ import annotations
 
+import hetero_glm5  # noqa: F401, before torch: it bounds the spinning of torch's threads
+
+# isort: split
 import argparse
 import dataclasses
 import sys

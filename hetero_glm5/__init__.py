@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from hetero_glm5.config import bound_openmp_spin
+
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams"]
+
+
+bound_openmp_spin()
 
 
 def __getattr__(name: str) -> Any:

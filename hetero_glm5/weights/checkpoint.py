@@ -104,8 +104,8 @@ class Checkpoint:
         return self.entries[name].num_bytes + (scale.num_bytes if scale else 0)
 
     def read_raw(self, *names: str) -> tuple[Tensor, ...]:
-        """Tensors as stored, on the CPU, all in one allocation: malloc keeps freed blocks below its mmap threshold (up to
-        32 MiB) for the process; each matrix of an expert lies below it, the three together above."""
+        """Tensors as stored, on the CPU, all in one allocation: malloc keeps freed blocks below its mmap threshold (up
+        to 32 MiB) for the process; each matrix of an expert lies below it, the three together above."""
         entries = [self.entries[name] for name in names]
         sizes = [-(-entry.num_bytes // ALIGNMENT) * ALIGNMENT for entry in entries]
         block = torch.empty(sum(sizes), dtype=torch.uint8)
