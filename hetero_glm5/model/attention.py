@@ -64,7 +64,7 @@ class Attention:
             r = segment.rows
             if chosen is None:
                 context = pool[segment.context]
-                mixed[r] = ops.attend_dense(q[r], context, rows.positions[r], c.softmax_scale, c.kv_lora_rank)
+                mixed[r] = ops.attend_dense(q[r], context, c.softmax_scale, c.kv_lora_rank)
             else:
                 slots = torch.where(chosen < 0, -1, segment.context[chosen.clamp(min=0)])
                 mixed[r] = ops.attend_selected(q[r], pool, slots, c.softmax_scale, c.kv_lora_rank)

@@ -43,9 +43,7 @@ class Indexer:
             for i in long:
                 segment = rows.segments[i]
                 r = segment.rows
-                selection[i] = ops.select_positions(
-                    q[r], head_weights[r], pool[segment.context], rows.positions[r], c.index_topk
-                )
+                selection[i] = ops.select_positions(q[r], head_weights[r], pool[segment.context], c.index_topk)
         return selection
 
     def _rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

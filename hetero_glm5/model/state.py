@@ -24,8 +24,8 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows start:stop of the step belong to one sequence, whose cached positions 0..S-1 (these rows included) lie in
-    cache slots `context` [S]."""
+    """Rows start:stop of the step are the last of one sequence's S cached positions, which lie in cache slots `context`
+    [S]."""
 
     start: int
     stop: int

@@ -7,7 +7,7 @@ fp32 or bf16; norms, softmax, indexer scores and the router compute in fp32. The
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -57,36 +57,41 @@ def index_scores(q: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
     return torch.einsum("th,ths->ts", head_weights.float(), dots)
 
 
-def select_positions(q: Tensor, head_weights: Tensor, keys: Tensor, positions: Tensor, topk: int) -> Tensor:
-    """The min(topk, p_t + 1) positions s ≤ p_t with the highest index score, for every row; int64 [T, topk], unused
-    slots -1, in no particular order. The row's own position is not forced in."""
-    context = torch.arange(keys.shape[0], device=keys.device)
+def select_positions(q: Tensor, head_weights: Tensor, keys: Tensor, topk: int) -> Tensor:
+    """For rows that are the last T of the S positions: the min(topk, p_t + 1) positions s ≤ p_t with the highest index
+    score; int64 [T, topk], best first, unused slots -1. The row's own position is not forced in."""
     chosen = torch.full((q.shape[0], topk), -1, dtype=torch.int64, device=q.device)
-    block = max(1, BLOCK_ELEMENTS // (q.shape[1] * keys.shape[0]))
-    for a in range(0, q.shape[0], block):
-        b = a + block
-        scores = index_scores(q[a:b], head_weights[a:b], keys)
-        scores.masked_fill_(context > positions[a:b, None], float("-inf"))
-        best = scores.topk(min(topk, keys.shape[0]), dim=-1)
-        chosen[a:b, : best.indices.shape[1]] = best.indices.masked_fill(best.values == float("-inf"), -1)
+    for rows, future in _causal_blocks(q.shape[0], keys.shape[0], q.shape[1], q.device):
+        scores = index_scores(q[rows], head_weights[rows], keys[: future.shape[1]])
+        best = scores.masked_fill_(future, float("-inf")).topk(min(topk, future.shape[1]), dim=-1)
+        chosen[rows, : best.indices.shape[1]] = best.indices.masked_fill(best.values == float("-inf"), -1)
     return chosen
+
+
+def _causal_blocks(T: int, S: int, heads: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """The last T of S positions in blocks: which rows, and a mask [rows, end] of what lies in each row's future, where
+    `end` is as far as the block can see."""
+    block = max(1, BLOCK_ELEMENTS // (heads * S))
+    for a in range(0, T, block):
+        b = min(a + block, T)
+        positions = torch.arange(S - T + a, S - T + b, device=device)
+        yield slice(a, b), torch.arange(S - T + b, device=device) > positions[:, None]
 
 
 # ---- absorbed multi-head latent attention ----------------------------------------------------------------------------
 
 
-def attend_dense(q: Tensor, context: Tensor, positions: Tensor, scale: float, latent: int) -> Tensor:
-    """Attention over all s ≤ p_t. q [T, H, c + r] (absorbed), context [S, c + r] cached rows; returns [T, H, latent].
+def attend_dense(q: Tensor, context: Tensor, scale: float, latent: int) -> Tensor:
+    """Attention over all s ≤ p_t, for rows that are the last T of the S positions. q [T, H, c + r] (absorbed), context
+    [S, c + r] cached rows; returns [T, H, latent].
 
     score = scale · q · row; the output mixes the rows' first `latent` columns."""
     wide = context.float()
-    future = torch.arange(context.shape[0], device=q.device) > positions[:, None]  # [T, S]
     out = torch.empty(*q.shape[:2], latent, dtype=q.dtype, device=q.device)
-    block = max(1, BLOCK_ELEMENTS // (q.shape[1] * context.shape[0]))
-    for a in range(0, q.shape[0], block):
-        b = a + block
-        scores = (q[a:b].float() @ wide.T * scale).masked_fill_(future[a:b, None], float("-inf"))
-        out[a:b] = (scores.softmax(-1) @ wide[:, :latent]).to(q.dtype)
+    for rows, future in _causal_blocks(q.shape[0], context.shape[0], q.shape[1], q.device):
+        seen = wide[: future.shape[1]]
+        scores = (q[rows].float() @ seen.T * scale).masked_fill_(future[:, None], float("-inf"))
+        out[rows] = (scores.softmax(-1) @ seen[:, :latent]).to(q.dtype)
     return out
 
 
