@@ -1,6 +1,7 @@
 #include <optional>
 
 #include "bindings/bindings.h"
+#include "cpu/arena.h"
 #include "cpu/topology.h"
 #include "format/formats.h"
 #include "format/layout.h"
@@ -74,6 +75,10 @@ py::array blob_view(const py::object& self, int expert) {
   return py::array_t<uint8_t>({weights.layout().blob_bytes}, weights.blob(expert), self);
 }
 
+void map_blob(const ExpertWeights& weights, int expert, int file, int64_t offset) {
+  map_file(weights.blob(expert), weights.layout().blob_bytes, file, offset);
+}
+
 }  // namespace
 
 void bind_weights(py::module_& m) {
@@ -112,7 +117,9 @@ void bind_weights(py::module_& m) {
              return std::make_shared<ExpertWeights>(layout, experts, resident, node_ids());
            }), py::arg("layout"), py::arg("experts"), py::arg("resident"))
       .def_property_readonly("resident", &resident_ids)
-      .def("blob", &blob_view);
+      .def("blob", &blob_view)
+      .def("map", &map_blob, py::arg("expert"), py::arg("file"), py::arg("offset"),
+           "Shows an open file's bytes from `offset` as the expert's blob; earlier views of it see them too.");
 }
 
 }  // namespace hetero

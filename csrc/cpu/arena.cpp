@@ -2,12 +2,17 @@
 
 #include <linux/mempolicy.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <new>
 #include <utility>
+
+#include "base/check.h"
 
 namespace hetero {
 namespace {
@@ -46,6 +51,18 @@ void Arena::swap(Arena& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(mapped_, other.mapped_);
   std::swap(bytes_, other.bytes_);
+}
+
+void map_file(uint8_t* at, int64_t bytes, int file, int64_t offset) {
+  const int64_t page = sysconf(_SC_PAGESIZE), address = reinterpret_cast<intptr_t>(at);
+  CHECK(address % page == 0 && bytes % page == 0 && offset % page == 0, "cannot map ", bytes, " bytes at offset ", offset,
+        ": not whole pages of ", page, " bytes");
+  struct stat facts;
+  CHECK(fstat(file, &facts) == 0, "cannot map file ", file, ": ", std::strerror(errno));
+  CHECK(offset >= 0 && offset + bytes <= facts.st_size, "bytes ", offset, " to ", offset + bytes, " leave the file, which has ",
+        facts.st_size);
+  constexpr int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
+  CHECK(mmap(at, bytes, PROT_READ | PROT_WRITE, flags, file, offset) == at, "cannot map the file: ", std::strerror(errno));
 }
 
 }  // namespace hetero

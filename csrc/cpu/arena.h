@@ -29,4 +29,9 @@ class Arena {
   int64_t mapped_ = 0, bytes_ = 0;
 };
 
+// Shows bytes [offset, offset + bytes) of an open file in place of the memory at `at`, which stays mapped after the file is
+// closed. Pages are read when first touched; a write copies the page and never reaches the file. Everything is in whole
+// pages. Throws if the range leaves the file or the kernel refuses.
+void map_file(uint8_t* at, int64_t bytes, int file, int64_t offset);
+
 }  // namespace hetero

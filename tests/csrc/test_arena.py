@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -12,3 +14,31 @@ def test_zeroed_aligned_writable(size, nodes):
     assert memory.ctypes.data % (2 << 20) == 0
     memory[:] = 7
     assert np.all(memory == 7)
+
+
+def packed_file(path, layout, blobs) -> np.ndarray:
+    content = np.random.default_rng(0).integers(0, 256, (blobs, layout.blob_bytes), dtype=np.uint8)
+    path.write_bytes(bytes(4096) + content.tobytes())
+    return content
+
+
+def test_a_file_stands_in_for_an_experts_memory(tmp_path):
+    layout, path = _C.ExpertLayout("BF16", 48, 32), tmp_path / "file"
+    content, weights = packed_file(path, layout, 3), _C.ExpertWeights(layout, 5, [1, 3, 4])
+    before = weights.blob(3)
+    file = os.open(path, os.O_RDONLY)
+    weights.map(3, file, 4096 + layout.blob_bytes)
+    weights.map(4, file, 4096)
+    with pytest.raises(ValueError, match="leave the file"):
+        weights.map(1, file, 4096 + 3 * layout.blob_bytes)
+    with pytest.raises(ValueError, match="not whole pages"):
+        weights.map(1, file, 100)
+    with pytest.raises(ValueError, match="not resident"):
+        weights.map(0, file, 4096)
+    os.close(file)
+    with pytest.raises(ValueError, match="cannot map file"):
+        weights.map(1, -1, 4096)
+    assert np.array_equal(before, content[1]) and np.array_equal(weights.blob(4), content[0])
+    assert not weights.blob(1).any()
+    before[:] = 7  # a private copy
+    assert path.read_bytes()[4096:] == content.tobytes()
