@@ -52,8 +52,20 @@ class EngineConfig(Flags):
         None, "epsilon of the q and kv latent norms; default: the model's rms_norm_eps", at_least=0
     )
 
-    kt_weight_path: str | None = flag(None, "checkpoint folder to read the routed experts from; default: --model")
-    kt_method: str = flag("auto", "weight format of the host experts", choices=tuple(KT_METHODS))
+    kt_weight_path: str | None = flag(
+        None, "where the routed experts are: a packed store (hetero-glm5 quantize) or a checkpoint; default: --model"
+    )
+    kt_weight_mode: str = flag(
+        "auto",
+        "host experts of a packed store: ram = copied into memory, mmap = read from its files as they are used, "
+        "auto = ram if they fit",
+        choices=("auto", "ram", "mmap"),
+    )
+    kt_method: str = flag(
+        "auto",
+        "weight format of the experts; auto: what the store holds, else the checkpoint",
+        choices=tuple(KT_METHODS),
+    )
     kt_cpuinfer: int = flag(0, "threads for the host experts; 0 = all physical cores", at_least=0)
     kt_threadpool_count: int = flag(1, "NUMA pools for the host experts", at_least=1)
     kt_numa_nodes: tuple[int, ...] | None = flag(None, "NUMA nodes of the host experts; default: all")
@@ -146,9 +158,16 @@ class EngineConfig(Flags):
             raise ConfigError(f"{drafting[0]}: speculative decoding is not built in this version. Leave it out.")
 
     def resolve(
-        self, model: ModelConfig, *, cuda: bool, cores: int, numa_nodes: tuple[int, ...]
+        self,
+        model: ModelConfig,
+        *,
+        cuda: bool,
+        cores: int,
+        numa_nodes: tuple[int, ...],
+        packed_as: str | None = None,
     ) -> tuple[EngineConfig, list[str]]:
-        """Settles every "auto" for this model and machine.
+        """Settles every "auto" for this model and machine. packed_as: the method of the packed store at
+        --kt-weight-path, if it is one. (--kt-weight-mode is settled with the memory.)
 
         Returns the settled config and one sentence for each flag that means something else, or nothing, here.
         """
@@ -156,16 +175,7 @@ class EngineConfig(Flags):
         if self.device == "cuda" and not cuda:
             raise ConfigError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver.")
         device = "cuda" if self.device != "cpu" and cuda else "cpu"
-        method = KT_METHODS[self.kt_method]
-        if method == "auto":
-            method = "FP32" if self.dtype == "float32" else "FP8" if model.fp8 else "BF16"
-        elif method != self.kt_method:
-            notes.append(f"--kt-method {self.kt_method} means {method} here.")
-        if method == "FP8" and not model.fp8:
-            raise ConfigError(
-                "--kt-method FP8 takes the experts of an FP8 checkpoint as they are, and this checkpoint is not FP8. "
-                "Use auto or BF16, or the FP8 checkpoint."
-            )
+        method = self._settle_method(model, packed_as, notes)
         threads = min(self.kt_cpuinfer or cores, cores)
         if self.kt_cpuinfer > cores:
             notes.append(f"--kt-cpuinfer {self.kt_cpuinfer}: this process may use {cores} physical cores; using them.")
@@ -190,6 +200,31 @@ class EngineConfig(Flags):
             kv_cache_dtype=self.dtype if kv == "auto" else kv,
         )
         return settled, notes
+
+    def _settle_method(self, model: ModelConfig, packed_as: str | None, notes: list[str]) -> str:
+        method = KT_METHODS[self.kt_method]
+        if method not in ("auto", self.kt_method):
+            notes.append(f"--kt-method {self.kt_method} means {method} here.")
+        if packed_as is not None:
+            if method not in ("auto", packed_as):
+                raise ConfigError(
+                    f"--kt-method {self.kt_method}: the experts in {self.kt_weight_path} are packed as {packed_as}. "
+                    f"Use auto, or pack the checkpoint again: hetero-glm5 quantize --kt-method {method}."
+                )
+            return packed_as
+        if self.kt_weight_mode == "mmap":
+            raise ConfigError(
+                "--kt-weight-mode mmap: a checkpoint's experts have to be packed; only a packed store can be mapped. "
+                "Make one with hetero-glm5 quantize and name it with --kt-weight-path."
+            )
+        if method == "auto":
+            method = "FP32" if self.dtype == "float32" else "FP8" if model.fp8 else "BF16"
+        if method == "FP8" and not model.fp8:
+            raise ConfigError(
+                "--kt-method FP8 takes the experts of an FP8 checkpoint as they are, and this checkpoint is not FP8. "
+                "Use auto or BF16, or the FP8 checkpoint."
+            )
+        return method
 
     def _check_nodes(self, numa_nodes: tuple[int, ...], notes: list[str]) -> None:
         if self.kt_numa_nodes is not None and set(self.kt_numa_nodes) != set(numa_nodes):

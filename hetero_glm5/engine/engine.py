@@ -21,9 +21,10 @@ from hetero_glm5.experts.tiers import load_tiers
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.state import Cache, Clocked, cache_bytes_per_token
 from hetero_glm5.model_config import ModelConfig
-from hetero_glm5.placement.memory import Limits, MemoryPlan, Needs, plan_memory
+from hetero_glm5.placement.memory import Limits, MemoryPlan, Needs, host_experts_fit, plan_memory
 from hetero_glm5.placement.policy import place, slots
 from hetero_glm5.placement.stats import load_counts
+from hetero_glm5.weights.expert_store import ExpertStore, is_store
 from hetero_glm5.weights.load import ModelWeights, Report, dense_bytes
 from hetero_glm5.weights.quantize import ExpertLayout
 
@@ -114,25 +115,37 @@ class Engine:
         if config.latent_norm_eps is not None:
             model_config = replace(model_config, latent_norm_eps=config.latent_norm_eps)
         machine = hardware.probe()
+        path = config.kt_weight_path
+        store = ExpertStore(path) if path is not None and is_store(path) else None
         config, notes = config.resolve(
-            model_config, cuda=machine.cuda, cores=machine.cores, numa_nodes=machine.numa_nodes
+            model_config,
+            cuda=machine.cuda,
+            cores=machine.cores,
+            numa_nodes=machine.numa_nodes,
+            packed_as=store.layout.method if store else None,
         )
         for note in notes:
             log.info(note)
-        source = ModelWeights(model_config, config.model, experts_folder=config.kt_weight_path, report=progress)
+        source = ModelWeights(model_config, config.model, experts=store or path, report=progress)
+        layout = ExpertLayout(config.kt_method, model_config.hidden_size, model_config.moe_intermediate_size)
         try:
-            return cls._load(config, source, machine, tokenizer)
+            return cls._load(config, source, store.layout if store else layout, machine, tokenizer)
         finally:
             source.close()
 
     @classmethod
     def _load(
-        cls, config: EngineConfig, source: ModelWeights, machine: hardware.Hardware, tokenizer: Detokenizer | None
+        cls,
+        config: EngineConfig,
+        source: ModelWeights,
+        layout: ExpertLayout,
+        machine: hardware.Hardware,
+        tokenizer: Detokenizer | None,
     ) -> Engine:
         model_config, dtype = source.config, getattr(torch, config.dtype)
-        layout = ExpertLayout(config.kt_method, model_config.hidden_size, model_config.moe_intermediate_size)
         slot_of = _placement(config, model_config)
-        memory = _memory(config, model_config, layout, machine, int(slot_of.max()) + 1)
+        on_device = int(slot_of.max()) + 1
+        memory = _memory(config, source, layout, machine, on_device)
         for line in memory.report():
             log.info(line)
 
@@ -142,7 +155,8 @@ class Engine:
             raise UserError(f"{error}.") from error
         log.info("%s: host experts %s on %d threads, ISA %s", machine.cpu, config.kt_method, pool.threads, pool.isa)
         model = GLM5(model_config, source.getter(dtype, config.device))
-        tiers = load_tiers(source, layout, slot_of, device=config.device, pool=pool)
+        experts = source.experts(layout, mapped=memory.needs.mapped, on_device=on_device)
+        tiers = load_tiers(source, experts, slot_of, device=config.device, pool=pool)
         cache = Cache.allocate(
             model_config, memory.kv_tokens, dtype=getattr(torch, config.kv_cache_dtype), device=config.device
         )
@@ -170,15 +184,16 @@ def _placement(config: EngineConfig, model: ModelConfig) -> np.ndarray:
 
 
 def _memory(
-    config: EngineConfig, model: ModelConfig, layout: ExpertLayout, machine: hardware.Hardware, on_device: int
+    config: EngineConfig, source: ModelWeights, layout: ExpertLayout, machine: hardware.Hardware, on_device: int
 ) -> MemoryPlan:
-    gpu = config.device == "cuda"
+    model, gpu = source.config, config.device == "cuda"
     needs = Needs(
         dense=dense_bytes(model, getattr(torch, config.dtype)),
         expert=layout.blob_bytes,
         device_experts=on_device,
         host_experts=len(model.moe_layers) * model.n_routed_experts - on_device,
         kv_token=cache_bytes_per_token(model, getattr(torch, config.kv_cache_dtype)),
+        mapped=config.kt_weight_mode == "mmap",
     )
     limits = Limits(
         device=machine.gpu_free if gpu else machine.ram_available,
@@ -186,6 +201,14 @@ def _memory(
         shared=not gpu,
         fraction=config.mem_fraction_static,
     )
+    wanted, page = config.max_total_tokens, config.page_size
+    if (
+        source.mappable
+        and config.kt_weight_mode == "auto"
+        and not host_experts_fit(needs, limits, wanted_tokens=wanted, page=page)
+    ):
+        log.info("the host experts do not fit in memory: they stay in the store's files and are read as they are used")
+        needs = replace(needs, mapped=True)
     context = config.context_length or model.max_position_embeddings
     most = context * config.max_running_requests
-    return plan_memory(needs, limits, wanted_tokens=config.max_total_tokens, most_tokens=most, page=config.page_size)
+    return plan_memory(needs, limits, wanted_tokens=wanted, most_tokens=most, page=page)

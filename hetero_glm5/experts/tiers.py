@@ -18,11 +18,9 @@ from torch import Tensor
 from hetero_glm5.core import no_clock
 from hetero_glm5.experts.cpu_tier import CpuExperts, HostPool
 from hetero_glm5.experts.gpu_tier import GpuExperts
-from hetero_glm5.weights.checkpoint import CheckpointError
+from hetero_glm5.weights.expert_source import ExpertSource
 from hetero_glm5.weights.load import ModelWeights
-from hetero_glm5.weights.quantize import ExpertLayout, PackedExperts
-
-LOADERS = 4  # experts read and packed at a time; each holds one unpacked expert (72 MiB in BF16)
+from hetero_glm5.weights.quantize import PackedExperts
 
 
 class ExpertTiers:
@@ -64,28 +62,28 @@ class ExpertTiers:
 
 
 def load_tiers(
-    source: ModelWeights, layout: ExpertLayout, slot_of: np.ndarray, *, device: str, pool: HostPool
+    source: ModelWeights, experts: ExpertSource, slot_of: np.ndarray, *, device: str, pool: HostPool
 ) -> ExpertTiers:
-    """Reads every routed expert once and packs it where `slot_of` puts it; the host keeps no copy of device experts."""
+    """Takes every routed expert once, to where `slot_of` puts it; the host keeps no copy of device experts."""
+    layout = experts.layout
     tier = GpuExperts(layout, int(slot_of.max()) + 1, device)
-    experts = range(slot_of.shape[1])
+    ids = range(slot_of.shape[1])
     host: dict[int, CpuExperts] = {}
 
     def place(packed: PackedExperts, layer: int, expert: int) -> None:
-        gate, up, down, scales = source.expert(layer, expert)
-        if layout.method == "FP8" and scales is None:
-            raise CheckpointError(f"expert {expert} of layer {layer} is not FP8; --kt-method FP8 needs all to be.")
         slot = slot_of[layer, expert]
-        blob = packed.blob(expert) if slot < 0 else torch.empty(layout.blob_bytes, dtype=torch.uint8)
-        layout.pack_into(blob, gate, up, down, scales)
-        if slot >= 0:
+        if slot < 0:
+            experts.place(packed, layer, expert)
+        else:
+            blob = torch.empty(layout.blob_bytes, dtype=torch.uint8)
+            experts.fill(blob, layer, expert)
             tier.slots[slot].copy_(blob)
 
-    with ThreadPoolExecutor(LOADERS) as loaders:
+    with ThreadPoolExecutor(experts.loaders) as loaders:
         for layer in (i for i in source.layers if source.config.is_sparse(i)):
-            resident = [e for e in experts if slot_of[layer, e] < 0]
-            packed = PackedExperts.allocate(layout, len(experts), resident)
-            for _ in loaders.map(lambda e, packed=packed, layer=layer: place(packed, layer, e), experts):
+            resident = [e for e in ids if slot_of[layer, e] < 0]
+            packed = PackedExperts.allocate(layout, len(ids), resident)
+            for _ in loaders.map(lambda e, packed=packed, layer=layer: place(packed, layer, e), ids):
                 source.tell("experts")
             if resident:
                 host[layer] = CpuExperts(packed, pool=pool)

@@ -18,6 +18,12 @@ class Needs:
     device_experts: int  # how many on the device
     host_experts: int  # how many on the host
     kv_token: int  # cached bytes of one token over all layers
+    mapped: bool = False  # the host experts stay in files
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory that the host experts occupy."""
+        return 0 if self.mapped else self.host_experts * self.expert
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,17 @@ class MemoryPlan:
             f"{n.device_experts} experts {_gib(n.device_experts * n.expert)}",
             f"KV pool {_gib(self.kv_tokens * n.kv_token)} ({self.kv_tokens} tokens x {n.kv_token} B)",
         ]
-        host = f"{n.host_experts} experts {_gib(n.host_experts * n.expert)}"
+        host = f"{n.host_experts} experts {_gib(n.host_experts * n.expert)}" + (", in files" if n.mapped else "")
         return ["device tier: " + ", ".join(device), f"host tier: {host}"]
+
+
+def host_experts_fit(needs: Needs, limits: Limits, *, wanted_tokens: int | None, page: int) -> bool:
+    """Whether the host experts can be copied into memory, beside what shares it: the rest and the wanted KV pool."""
+    if not limits.shared:
+        return needs.host_bytes <= limits.host
+    pool = -(-(wanted_tokens or 1) // page) * page * needs.kv_token
+    fixed = needs.dense + needs.device_experts * needs.expert + needs.host_bytes
+    return fixed + pool <= int(limits.device * limits.fraction)
 
 
 def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most_tokens: int, page: int) -> MemoryPlan:
@@ -53,7 +68,7 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
 
     Raises UserError when the weights or the wanted pool do not fit.
     """
-    host_bytes = needs.host_experts * needs.expert
+    host_bytes = needs.host_bytes
     if not limits.shared and host_bytes > limits.host:
         raise UserError(
             f"host memory: {needs.host_experts} experts x {_gib(needs.expert)} = {_gib(host_bytes)}, but only "
@@ -68,7 +83,7 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
         wanted = max(tokens, page)
         experts = f"{needs.device_experts} device experts {_gib(needs.device_experts * needs.expert)}"
         if limits.shared:
-            experts += f" + {needs.host_experts} host experts {_gib(host_bytes)}"
+            experts += f" + {needs.host_experts} host experts {_gib(host_bytes)}" if host_bytes else ""
         raise UserError(
             f"memory: dense weights {_gib(needs.dense)} + {experts} + KV pool {_gib(wanted * needs.kv_token)} "
             f"({wanted} tokens x {needs.kv_token} B) = {_gib(fixed + wanted * needs.kv_token)}, but the budget is "

@@ -26,10 +26,10 @@ def start_log(console: Console) -> None:
 
 
 class LoadDisplay:
-    """update() from the thread that loads, close() when it is done."""
+    """update() from the thread that loads, close() when it is done. `doing`: the word for it."""
 
-    def __init__(self, console: Console):
-        self._stage, self._told = "", 0.0
+    def __init__(self, console: Console, doing: str = "loading"):
+        self._doing, self._stage, self._told = doing, "", 0.0
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -45,16 +45,16 @@ class LoadDisplay:
         now = time.monotonic()
         if progress.stage != self._stage or now - self._told >= LINE_SECONDS:
             self._stage, self._told = progress.stage, now
-            log.info(sentence(progress))
+            log.info(sentence(progress, self._doing))
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
 
 
-def sentence(progress: LoadProgress) -> str:
+def sentence(progress: LoadProgress, doing: str = "loading") -> str:
     if not progress.bytes_done:
-        return f"loading: {progress.stage}"
+        return f"{doing}: {progress.stage}"
     amount = f"{progress.bytes_done / 1e9:.3g} of {progress.bytes_total / 1e9:.3g} GB, {progress.gb_per_s:.2f} GB/s"
     left = progress.eta_seconds
-    return f"loading: {progress.stage}, {amount}" + (f", {left:.0f} s left" if left else "")
+    return f"{doing}: {progress.stage}, {amount}" + (f", {left:.0f} s left" if left else "")

@@ -45,18 +45,10 @@ class Entry:
     num_bytes: int
 
 
-class Checkpoint:
-    """`bytes_read` counts what has been read so far, from any thread."""
+class Files:
+    """Files opened when they are first read, and kept open. `bytes_read` counts what was read so far. Thread-safe."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.entries: dict[str, Entry] = {}
-        for path, names in _shards(self.folder).items():
-            header = _read_header(path)
-            missing = [name for name in names if name not in header]
-            if missing:
-                raise CheckpointError(f"{path} lacks {_some(missing)}, which the index places there.")
-            self.entries |= header
+    def __init__(self) -> None:
         self.bytes_read = 0
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -66,6 +58,47 @@ class Checkpoint:
             for file in self._files.values():
                 os.close(file)
             self._files.clear()
+
+    def read(self, path: Path, offset: int, out: Tensor) -> None:
+        """Fills `out`, contiguous, with the bytes from `offset` on."""
+        view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        file, done = self.open(path), 0
+        while done < len(view):
+            got = os.preadv(file, [view[done : done + BLOCK_BYTES]], offset + done)
+            if not got:
+                raise CheckpointError(f"{path} ended while it was being read; was it replaced?")
+            done += got
+        with self._lock:
+            self.bytes_read += len(view)
+
+    def open(self, path: Path) -> int:
+        """Its file number, good until close()."""
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY)
+            return self._files[path]
+
+
+class Checkpoint:
+    """`bytes_read` counts what has been read so far, from any thread."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.entries: dict[str, Entry] = {}
+        for path, names in _shards(self.folder).items():
+            header = _checked_header(path)
+            missing = [name for name in names if name not in header]
+            if missing:
+                raise CheckpointError(f"{path} lacks {_some(missing)}, which the index places there.")
+            self.entries |= header
+        self._files = Files()
+
+    def close(self) -> None:
+        self._files.close()
+
+    @property
+    def bytes_read(self) -> int:
+        return self._files.bytes_read
 
     def check(self, needed: dict[str, TensorSpec], known: dict[str, TensorSpec]) -> None:
         """Compares headers with the name table: every `needed` tensor must be there, every tensor must be `known`, and
@@ -112,9 +145,16 @@ class Checkpoint:
         tensors = []
         for entry, part in zip(entries, block.split(sizes), strict=True):
             tensor = part[: entry.num_bytes].view(DTYPES[entry.dtype]).view(entry.shape)
-            self._read_bytes(entry, 0, tensor)
+            self._files.read(entry.path, entry.offset, tensor)
             tensors.append(tensor)
         return tuple(tensors)
+
+    def read_start(self, name: str, num_bytes: int) -> bytes:
+        """The first bytes of a tensor, fewer if it is smaller."""
+        entry = self.entries[name]
+        out = torch.empty(min(num_bytes, entry.num_bytes), dtype=torch.uint8)
+        self._files.read(entry.path, entry.offset, out)
+        return out.numpy().tobytes()
 
     def read_scales(self, name: str) -> Tensor | None:
         """The fp32 multipliers of an FP8 tensor [ceil(rows/128), ceil(cols/128)], or None."""
@@ -132,28 +172,11 @@ class Checkpoint:
         block = max(1, BLOCK_BYTES // max(1, row_bytes) // FP8_BLOCK) * FP8_BLOCK
         for a in range(0, entry.shape[0], block):
             rows = torch.empty(min(block, entry.shape[0] - a), *entry.shape[1:], dtype=DTYPES[entry.dtype])
-            self._read_bytes(entry, a * row_bytes, rows)
+            self._files.read(entry.path, entry.offset + a * row_bytes, rows)
             if scales is not None:
                 rows = dequantise(rows, scales[a // FP8_BLOCK : -(-(a + block) // FP8_BLOCK)])
             out[a : a + block] = rows.to(dtype)
         return out
-
-    def _read_bytes(self, entry: Entry, start: int, out: Tensor) -> None:
-        view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
-        file, done = self._open(entry.path), 0
-        while done < len(view):
-            got = os.preadv(file, [view[done : done + BLOCK_BYTES]], entry.offset + start + done)
-            if not got:
-                raise CheckpointError(f"{entry.path} ended while it was being read; was it replaced?")
-            done += got
-        with self._lock:
-            self.bytes_read += len(view)
-
-    def _open(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY)
-            return self._files[path]
 
 
 def dequantise(rows: Tensor, scales: Tensor) -> Tensor:
@@ -185,7 +208,8 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     return shards
 
 
-def _read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """A safetensors file's tensors and metadata. Where its data end is not checked."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -194,9 +218,15 @@ def _read_header(path: Path) -> dict[str, Entry]:
             raise CheckpointError(f"{path} is no safetensors file, or is truncated ({size} bytes).")
         try:
             header = json.loads(file.read(length))
-            entries = {k: _entry(path, v, 8 + length) for k, v in header.items() if k != "__metadata__"}
+            metadata = dict(header.pop("__metadata__", {}))
+            return {name: _entry(path, value, 8 + length) for name, value in header.items()}, metadata
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} has a damaged safetensors header ({error}).") from error
+
+
+def _checked_header(path: Path) -> dict[str, Entry]:
+    entries, _ = read_header(path)
+    size = path.stat().st_size
     for name, entry in entries.items():
         values = torch.Size(entry.shape).numel()
         if entry.dtype in DTYPES and entry.num_bytes != values * DTYPES[entry.dtype].itemsize:

@@ -1,4 +1,4 @@
-"""Serves a model's tensors from its checkpoint (and the experts from another, if asked), and tells how far it is.
+"""Serves a model's tensors from its checkpoint (its experts from elsewhere, if asked), and tells how far it is.
 
 Everything is checked against the name table before the first byte of data is read. The MTP layer may be in the
 checkpoint without being wanted; it is then neither needed nor read.
@@ -14,32 +14,31 @@ from torch import Tensor
 
 from hetero_glm5.core import LoadProgress
 from hetero_glm5.model_config import ModelConfig
-from hetero_glm5.weights.checkpoint import Checkpoint, CheckpointError
-from hetero_glm5.weights.names import (
-    EXPERT_MATRICES,
-    TensorSpec,
-    expected_tensors,
-    expert_prefix,
-    expert_tensors,
-    layer_tensors,
-)
+from hetero_glm5.weights.checkpoint import Checkpoint
+from hetero_glm5.weights.expert_source import CheckpointExperts, ExpertSource, MappedExperts, StoredExperts
+from hetero_glm5.weights.expert_store import ExpertStore
+from hetero_glm5.weights.names import TensorSpec, expected_tensors, expert_tensors, layer_tensors
+from hetero_glm5.weights.quantize import ExpertLayout
 
 Report = Callable[[LoadProgress], None]
-RawExpert = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]  # gate, up, down, FP8 scales
 SECONDS_BETWEEN_REPORTS = 0.1
 
 
 class ModelWeights:
-    """Opens and checks. Raises CheckpointError."""
+    """Opens and checks. Raises CheckpointError. The routed experts come from `experts`: a packed store, or another
+    checkpoint folder; None: from `folder`, like the rest."""
 
     def __init__(
-        self, config: ModelConfig, folder: str, *, experts_folder: str | None = None, mtp: bool = False,
+        self, config: ModelConfig, folder: str, *, experts: ExpertStore | str | None = None, mtp: bool = False,
         report: Report = lambda progress: None,
     ):  # fmt: skip
         self.config = config
         self.layers = range(config.num_hidden_layers + mtp)
         self._dense = Checkpoint(folder)
-        self._experts = Checkpoint(experts_folder) if experts_folder not in (None, folder) else self._dense
+        if experts is None or experts == folder:
+            self._experts: Checkpoint | ExpertStore = self._dense
+        else:
+            self._experts = Checkpoint(experts) if isinstance(experts, str) else experts
         known = expected_tensors(config, mtp=config.num_nextn_predict_layers > 0 or mtp)
         needed = expected_tensors(config, mtp)
         routed: dict[str, TensorSpec] = {}
@@ -50,9 +49,15 @@ class ModelWeights:
             self._dense.check(needed, known)
         else:
             self._dense.check(dense, known)
-            self._experts.check(routed, known)
         self.dense_bytes = sum(self._dense.num_bytes(name) for name in dense)
-        self.expert_bytes = sum(self._experts.num_bytes(name) for name in routed)
+        if isinstance(self._experts, Checkpoint):
+            if self._experts is not self._dense:
+                self._experts.check(routed, known)
+            self.expert_bytes = sum(self._experts.num_bytes(name) for name in routed)
+        else:
+            sparse = [layer for layer in self.layers if config.is_sparse(layer)]
+            self._experts.check(config, sparse, self._dense)
+            self.expert_bytes = self._experts.num_bytes(sparse)
         self._report, self._started, self._reported = report, time.monotonic(), 0.0
 
     def close(self) -> None:
@@ -69,18 +74,20 @@ class ModelWeights:
 
         return weights
 
-    def expert(self, layer: int, expert: int) -> RawExpert:
-        """One routed expert as stored, on the CPU: gate and up [I, H], down [H, I], and their scales if FP8."""
-        names = [f"{expert_prefix(layer, expert)}{matrix}.weight" for matrix in EXPERT_MATRICES]
-        scales = tuple(self._experts.read_scales(name) for name in names)
-        gate, up, down = self._experts.read_raw(*names)
-        if all(scale is None for scale in scales):
-            return gate, up, down, None
-        if any(scale is None for scale in scales):
-            raise CheckpointError(
-                f"{expert_prefix(layer, expert)}* mixes FP8 and other types; all three must be alike."
-            )
-        return gate, up, down, scales
+    @property
+    def mappable(self) -> bool:
+        """Whether the experts can stay in files."""
+        return isinstance(self._experts, ExpertStore)
+
+    def experts(self, layout: ExpertLayout, *, mapped: bool = False, on_device: int = 0) -> ExpertSource:
+        """The routed experts, packed as `layout` (a store's own). `mapped`: a store's experts stay in its files, except
+        the `on_device` ones."""
+        if isinstance(self._experts, Checkpoint):
+            return CheckpointExperts(self._experts, layout)
+        if not mapped:
+            return StoredExperts(self._experts)
+        self.expert_bytes = on_device * layout.blob_bytes
+        return MappedExperts(self._experts)
 
     @property
     def progress(self) -> LoadProgress:

@@ -17,6 +17,7 @@ from hetero_glm5.model.state import Cache, Rows, Segment
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 from hetero_glm5.weights.checkpoint import Checkpoint
+from hetero_glm5.weights.expert_source import read_expert
 from hetero_glm5.weights.load import ModelWeights
 from hetero_glm5.weights.names import SCALE_SUFFIX
 
@@ -180,12 +181,12 @@ def test_the_mtp_layer(checkpoints):
         out = out[0] if isinstance(out, tuple) else out
         want = norm(out.view(T, -1), f"{prefix}shared_head.norm.weight") @ reference.lm_head.weight.T
 
-    source = ModelWeights(config, str(folder), mtp=True)
+    source, checkpoint = ModelWeights(config, str(folder), mtp=True), Checkpoint(folder)
     weights = source.getter(torch.float32, "cpu")
     mtp = MTP(GLM5(config, weights), weights)
 
     def experts(layer, x, topk_ids, topk_weights, clock):
-        y = ops.experts(x, topk_ids, topk_weights, lambda e: source.expert(layer, e)[:3])
+        y = ops.experts(x, topk_ids, topk_weights, lambda e: read_expert(checkpoint, layer, e)[:3])
         return lambda: y
 
     cache = Cache.allocate(config, 64, dtype=torch.float32, device="cpu", mtp=True)

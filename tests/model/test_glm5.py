@@ -13,6 +13,8 @@ from hetero_glm5.model.indexer import Indexer
 from hetero_glm5.model.state import Cache, Rows, Segment, cache_bytes_per_token
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
+from hetero_glm5.weights.checkpoint import Checkpoint
+from hetero_glm5.weights.expert_source import read_expert
 from hetero_glm5.weights.load import ModelWeights
 
 T = 45
@@ -23,10 +25,10 @@ INDEX_SHARE = {"num_hidden_layers": 9, "index_topk_freq": 4, "index_skip_topk_of
 
 def load(folder) -> tuple[GLM5, object, Cache]:
     config = dataclasses.replace(ModelConfig.load(folder), latent_norm_eps=LATENT_EPS)
-    source = ModelWeights(config, str(folder))
+    source, checkpoint = ModelWeights(config, str(folder)), Checkpoint(folder)
 
     def experts(layer, x, ids, weights, clock):
-        y = ops.experts(x, ids, weights, lambda e: source.expert(layer, e)[:3])
+        y = ops.experts(x, ids, weights, lambda e: read_expert(checkpoint, layer, e)[:3])
         return lambda: y
 
     cache = Cache.allocate(config, T, dtype=torch.float32, device="cpu")

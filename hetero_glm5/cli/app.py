@@ -1,0 +1,34 @@
+"""The command line: which commands there are, and how their refusals reach the user."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from hetero_glm5.cli.quantize import quantize
+from hetero_glm5.cli.verify import verify
+from hetero_glm5.core import UserError
+
+
+class _Commands(TyperGroup):
+    """Commands whose UserErrors, and files that cannot be read or written, are one sentence and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (UserError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Tools around the GLM-5 server. The server itself: python -m hetero_glm5.launch_server.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(quantize)
+app.command()(verify)
