@@ -78,6 +78,8 @@ def test_flags_that_cannot_work_are_refused_in_a_sentence(flags, words):
     [
         ("--device cuda", {}, {}, ["cuda", "--device cpu"]),
         ("--kt-method FP8", {}, {}, ["FP8", "BF16"]),
+        ("--kt-method FP8 --kt-weight-path s", {}, {"packed_as": "BF16"}, ["packed as BF16", "s ", "Use auto"]),
+        ("--kt-weight-mode mmap", {}, {}, ["--kt-weight-mode mmap", "hetero-glm5 quantize", "--kt-weight-path"]),
         ("--kt-num-gpu-experts 17", {}, {}, ["17", "16"]),
         ("--context-length 8192", {}, {}, ["8192", "4096"]),
         ("--kt-numa-nodes 0 1", {}, {}, ["0 1", "NUMA"]),
@@ -101,6 +103,12 @@ def test_auto_method_follows_dtype_and_checkpoint():
     ]:
         settled, _ = parse(line)[0].resolve(model(**overrides), **MACHINE)
         assert settled.kt_method == method
+
+
+@pytest.mark.parametrize("line", ["", "--dtype float32", "--kt-method FP8", "--kt-method FP8_BLOCK"])
+def test_auto_method_is_what_the_store_holds(line):
+    settled, _ = parse(line)[0].resolve(model(), **MACHINE, packed_as="FP8")
+    assert settled.kt_method == "FP8"
 
 
 def test_nearest_flag_names_the_closest():

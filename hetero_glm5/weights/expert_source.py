@@ -45,7 +45,7 @@ class CheckpointExperts:
 class StoredExperts:
     """Copies from a store, checksums compared."""
 
-    loaders = 16  # they hold nothing of their own
+    loaders = 8  # each holds one blob at most, on its way to the device: 72 MiB in BF16
 
     def __init__(self, store: ExpertStore):
         self.store, self.layout = store, store.layout
@@ -67,13 +67,13 @@ class MappedExperts(StoredExperts):
 def read_expert(checkpoint: Checkpoint, layer: int, expert: int) -> RawExpert:
     """One routed expert as stored, on the CPU: gate and up [I, H], down [H, I], and their scales if FP8."""
     names = expert_names(layer, expert)
-    scales = tuple(checkpoint.read_scales(name) for name in names)
+    scales = [scale for scale in map(checkpoint.read_scales, names) if scale is not None]
     gate, up, down = checkpoint.read_raw(*names)
-    if all(scale is None for scale in scales):
+    if not scales:
         return gate, up, down, None
-    if any(scale is None for scale in scales):
+    if len(scales) < len(names):
         raise CheckpointError(f"{expert_prefix(layer, expert)}* mixes FP8 and other types; all three must be alike.")
-    return gate, up, down, scales
+    return gate, up, down, (scales[0], scales[1], scales[2])
 
 
 def expert_names(layer: int, expert: int) -> list[str]:

@@ -158,7 +158,7 @@ class ExpertStore:
         """Copies one expert into `blob`, uint8 [blob_bytes], contiguous on the CPU. StoreError if it is damaged."""
         file = self.files[layer]
         self._opened.read(file.path, file.offset(expert), blob)
-        file.check(expert, zlib.crc32(memoryview(blob.numpy())))
+        file.check(expert, zlib.crc32(blob.numpy().data))
 
     def map(self, layer: int, expert: int, packed: PackedExperts) -> None:
         """Makes the file's own pages the memory of a resident expert: nothing is read until it is used."""
@@ -184,7 +184,7 @@ class ExpertStore:
         for start in range(0, size, CHUNK_BYTES):
             part = chunk[: size - start]
             self._opened.read(file.path, file.offset(expert) + start, part)
-            checksum = zlib.crc32(memoryview(part.numpy()), checksum)
+            checksum = zlib.crc32(part.numpy().data, checksum)
         try:
             file.check(expert, checksum)
         except StoreError as error:
@@ -211,9 +211,11 @@ class LayerWriter:
         self._partial.unlink(missing_ok=True)
 
     def write(self, expert: int, blob: Tensor, error: float) -> None:
-        view = memoryview(blob.numpy())
+        view = blob.numpy().data
         self._checksums[expert], self._errors[expert] = zlib.crc32(view), error
         self._put(view, self._start + expert * len(view))
+        # starts writing to disk without waiting for it, so that `finish` has little left to flush
+        os.posix_fadvise(self._file, self._start + expert * len(view), len(view), os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> None:
         """Every expert has been written: flushes the file to disk and gives it its name."""
@@ -282,7 +284,7 @@ def router_fingerprint(checkpoint: Checkpoint, layer: int) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in router_names(layer):
         weight = checkpoint.read(name, torch.float32)
-        digest.update(memoryview(weight.numpy()))
+        digest.update(weight.numpy().data)
     return digest.hexdigest()
 
 

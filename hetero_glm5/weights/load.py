@@ -58,6 +58,7 @@ class ModelWeights:
             sparse = [layer for layer in self.layers if config.is_sparse(layer)]
             self._experts.check(config, sparse, self._dense)
             self.expert_bytes = self._experts.num_bytes(sparse)
+        self._checked = self._bytes_read  # for the checks alone
         self._report, self._started, self._reported = report, time.monotonic(), 0.0
 
     def close(self) -> None:
@@ -90,10 +91,13 @@ class ModelWeights:
         return MappedExperts(self._experts)
 
     @property
+    def _bytes_read(self) -> int:
+        return self._dense.bytes_read + (self._experts.bytes_read if self._experts is not self._dense else 0)
+
+    @property
     def progress(self) -> LoadProgress:
-        done = self._dense.bytes_read + (self._experts.bytes_read if self._experts is not self._dense else 0)
         total = self.dense_bytes + self.expert_bytes
-        return LoadProgress("", done, total, time.monotonic() - self._started)
+        return LoadProgress("", self._bytes_read - self._checked, total, time.monotonic() - self._started)
 
     def tell(self, stage: str) -> None:
         """Reports progress, ten times a second at most."""

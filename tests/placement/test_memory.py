@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from hetero_glm5.core import UserError
-from hetero_glm5.placement.memory import GIB, Limits, Needs, plan_memory
+from hetero_glm5.placement.memory import GIB, Limits, Needs, host_experts_fit, plan_memory
 
 # GLM-5 in BF16 with FP8 experts, 30 of 256 on the device (glm5.md 4 and 5).
 NEEDS = Needs(dense=38_270_000_000, expert=37_765_120, device_experts=30 * 75, host_experts=226 * 75, kv_token=109_824)
@@ -39,3 +41,31 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(arguments, words):
 def test_the_report_names_both_tiers():
     device, host = plan(140, 768).report()
     assert "dense weights 35.64 GiB" in device and "2250 experts" in device and "16950 experts" in host
+
+
+def test_host_experts_in_files_take_no_memory():
+    mapped = replace(NEEDS, mapped=True)
+    assert plan(140, 8, mapped).kv_tokens == plan(140, 768).kv_tokens
+    assert plan(140, 8, mapped, shared=True).kv_tokens == plan(140, 768).kv_tokens
+    assert plan(140, 8, mapped).report()[1].endswith("GiB, in files")
+    with pytest.raises(UserError) as error:
+        plan(64, 8, mapped, shared=True)
+    assert "host experts" not in str(error.value)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("wanted", [None, 1, 100_000])
+def test_host_experts_fit_exactly_if_a_plan_can_be_made_with_them(shared, wanted):
+    verdicts = set()
+    for size in range(500, 900, 10):
+        host = 768 if shared else size
+        limits = Limits(device=size * GIB, host=host * GIB, shared=shared, fraction=0.9)
+        fit = host_experts_fit(NEEDS, limits, wanted_tokens=wanted, page=64)
+        try:
+            plan(size, host, wanted=wanted, shared=shared)
+        except UserError:
+            assert not fit
+        else:
+            assert fit
+        verdicts.add(fit)
+    assert verdicts == {True, False}
