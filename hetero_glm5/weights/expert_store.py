@@ -5,8 +5,8 @@ A folder of ordinary safetensors files, one for each MoE layer: `layer-00003.saf
 expert's CRC-32 and weight error. The header is padded so that every expert starts at a multiple of 4096 bytes: an
 expert is read by one pread or mapped as it is. A file is written under another name and renamed when it is whole, so
 a file with its right name is complete. CRC-32 (zlib) is checked when an expert is read into memory, and by `verify`;
-mapping checks nothing. It is the fastest checksum in the standard library (1.5 GB/s a thread on an AMD EPYC; SHA-1
-0.7, BLAKE2b 0.3), and any tool can recompute it.
+mapping checks nothing. It is the fastest checksum in the standard library (8.5 GB/s a thread on an AMD Zen 5;
+Adler-32 5.0, SHA-1 2.6, BLAKE2b 1.7), and any tool can recompute it.
 """
 
 from __future__ import annotations
