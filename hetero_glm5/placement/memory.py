@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hetero_glm5.core import UserError
 
 GIB = 1 << 30
+HOST_FRACTION = 0.95
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,14 @@ class Needs:
     expert: int  # one packed expert
     device_experts: int  # how many on the device
     host_experts: int  # how many on the host
+    activations: int  # the largest step's temporaries on the device
     kv_token: int  # cached bytes of one token over all layers
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine offers, in bytes. `device` and `host` are the same memory when `shared`."""
+    """What the machine offers, in bytes. `device` and `host` are the same memory when `shared`. Of `host`, HOST_FRACTION
+    may hold experts: the rest is for loading, scratch and everybody else."""
 
     device: int
     host: int
@@ -42,6 +45,7 @@ class MemoryPlan:
         device = [
             f"dense weights {_gib(n.dense)}",
             f"{n.device_experts} experts {_gib(n.device_experts * n.expert)}",
+            f"activations {_gib(n.activations)}",
             f"KV pool {_gib(self.kv_tokens * n.kv_token)} ({self.kv_tokens} tokens x {n.kv_token} B)",
         ]
         host = f"{n.host_experts} experts {_gib(n.host_experts * n.expert)}"
@@ -54,13 +58,13 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
     Raises UserError when the weights or the wanted pool do not fit.
     """
     host_bytes = needs.host_experts * needs.expert
-    if not limits.shared and host_bytes > limits.host:
+    if not limits.shared and host_bytes > limits.host * HOST_FRACTION:
         raise UserError(
             f"host memory: {needs.host_experts} experts x {_gib(needs.expert)} = {_gib(host_bytes)}, but only "
-            f"{_gib(limits.host)} are available. Use a smaller --kt-method or put more experts on the device."
+            f"{HOST_FRACTION} of {_gib(limits.host)} available may hold them. Use a smaller --kt-method or put more experts on the device."
         )
     budget = int(limits.device * limits.fraction)
-    fixed = needs.dense + needs.device_experts * needs.expert + (host_bytes if limits.shared else 0)
+    fixed = needs.dense + needs.device_experts * needs.expert + needs.activations + (host_bytes if limits.shared else 0)
     left = budget - fixed
     tokens = min(left // needs.kv_token, most_tokens) if wanted_tokens is None else wanted_tokens
     tokens = tokens // page * page if wanted_tokens is None else -(-tokens // page) * page
@@ -70,10 +74,10 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
         if limits.shared:
             experts += f" + {needs.host_experts} host experts {_gib(host_bytes)}"
         raise UserError(
-            f"memory: dense weights {_gib(needs.dense)} + {experts} + KV pool {_gib(wanted * needs.kv_token)} "
+            f"memory: dense weights {_gib(needs.dense)} + {experts} + activations {_gib(needs.activations)} + KV pool {_gib(wanted * needs.kv_token)} "
             f"({wanted} tokens x {needs.kv_token} B) = {_gib(fixed + wanted * needs.kv_token)}, but the budget is "
             f"{_gib(budget)} ({limits.fraction} of {_gib(limits.device)}). "
-            "Lower --max-total-tokens or --kt-num-gpu-experts, or raise --mem-fraction-static."
+            "Lower --max-total-tokens, --chunked-prefill-size or --kt-num-gpu-experts, or raise --mem-fraction-static."
         )
     return MemoryPlan(needs, limits, tokens)
 

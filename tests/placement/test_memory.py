@@ -4,7 +4,14 @@ from hetero_glm5.core import UserError
 from hetero_glm5.placement.memory import GIB, Limits, Needs, plan_memory
 
 # GLM-5 in BF16 with FP8 experts, 30 of 256 on the device (glm5.md 4 and 5).
-NEEDS = Needs(dense=38_270_000_000, expert=37_765_120, device_experts=30 * 75, host_experts=226 * 75, kv_token=109_824)
+NEEDS = Needs(
+    dense=38_270_000_000,
+    expert=37_765_120,
+    device_experts=30 * 75,
+    host_experts=226 * 75,
+    activations=GIB,
+    kv_token=109_824,
+)
 
 
 def plan(device, host, needs=NEEDS, wanted=None, shared=False):
@@ -13,7 +20,7 @@ def plan(device, host, needs=NEEDS, wanted=None, shared=False):
 
 
 def test_the_pool_takes_what_is_left_in_whole_pages():
-    fixed = NEEDS.dense + NEEDS.device_experts * NEEDS.expert
+    fixed = NEEDS.dense + NEEDS.device_experts * NEEDS.expert + NEEDS.activations
     tokens = plan(140, 768).kv_tokens
     assert tokens % 64 == 0
     assert fixed + tokens * NEEDS.kv_token <= 140 * GIB * 0.9 < fixed + (tokens + 64) * NEEDS.kv_token
