@@ -214,8 +214,8 @@ def _context_length(config: EngineConfig, model: ModelConfig, pool: int) -> int:
     """What was asked for must fit into the pool; what was not is lowered to it, and told."""
     if config.context_length is not None and config.context_length > pool:
         raise UserError(
-            f"--context-length is {config.context_length}, but the KV pool holds {pool} tokens. Raise --max-total-tokens "
-            "or --mem-fraction-static, or lower --context-length."
+            f"--context-length is {config.context_length}, but the KV pool holds {pool} tokens. Raise "
+            "--max-total-tokens or --mem-fraction-static, or lower --context-length."
         )
     wanted = config.context_length or model.max_position_embeddings
     if wanted > pool:

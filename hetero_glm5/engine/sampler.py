@@ -17,8 +17,8 @@ FEW = 1024
 
 
 def sample(logits: Tensor, batch: Batch, eos: tuple[int, ...] = ()) -> list[int | None]:
-    """logits fp32 [rows that draw, vocab]; changed where a sequence may not end yet (min_tokens). Returns a token for each
-    chunk of the batch, None where none is due and INVALID_TOKEN where the logits are not finite."""
+    """A token for each chunk of the batch, None where none is due, INVALID_TOKEN where the logits are not finite. logits
+    fp32 [rows that draw, vocab] are changed where a sequence may not end yet (min_tokens)."""
     drawing = [chunk.seq for chunk in batch.chunks if chunk.samples]
     finite = logits.amax(-1).isfinite().tolist()
     for row, seq in enumerate(drawing):
@@ -53,8 +53,8 @@ def draw(logits: Tensor, seq: Sequence) -> int:
 
 
 def _likeliest(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities and ids of the likeliest tokens, in order, that hold at least `top_p` together. Sorting a vocabulary
-    of 150,000 takes 10 ms on a CPU core, and a few tokens nearly always do."""
+    """Probabilities and ids of the likeliest tokens, in order, that hold at least `top_p` together. Sorting a
+    vocabulary of 150,000 takes 10 ms on a CPU core, and a few tokens nearly always do."""
     values, ids = logits.topk(min(FEW, len(logits)))
     total = logits.logsumexp(0)
     chances = (values - total).exp()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +14,7 @@ from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops.reference import BLOCK_ELEMENTS
 
 Clocked = Callable[[str], AbstractContextManager[None]]  # core.Clock or core.no_clock
-
-
-class Weights(Protocol):
-    """Gives a checkpoint's tensor on the model's device, in the compute type (norms and router: fp32)."""
-
-    def __call__(self, name: str) -> Tensor: ...
+Weights = Callable[[str], Tensor]  # a checkpoint's tensor by name, on the model's device and in its type
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tenso
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates neighbouring pairs (x₂ⱼ, x₂ⱼ₊₁) of x [T, ..., dim] by row t's angles [T, dim/2]. Pairing the halves instead
-    (x_j, x_{j+dim/2}) is another model's way, and goes unnoticed until the indexer starts to choose."""
+    """Rotates neighbouring pairs (x₂ⱼ, x₂ⱼ₊₁) of x [T, ..., dim] by row t's angles [T, dim/2]. Pairing the halves,
+    (x_j, x_{j+dim/2}), is another model's way, and goes unnoticed until the indexer starts to choose."""
     shape = [x.shape[0], *[1] * (x.dim() - 2), -1]
     cos, sin = cos.view(shape), sin.view(shape)
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()

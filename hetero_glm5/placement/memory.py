@@ -24,7 +24,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine offers, in bytes. `device` and `host` are the same memory when `shared`. Of `host`, HOST_FRACTION
+    """What the machine offers, in bytes. `device` and `host` are the same memory when `shared`. HOST_FRACTION of `host`
     may hold experts: the rest is for loading, scratch and everybody else."""
 
     device: int
@@ -61,7 +61,8 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
     if not limits.shared and host_bytes > limits.host * HOST_FRACTION:
         raise UserError(
             f"host memory: {needs.host_experts} experts x {_gib(needs.expert)} = {_gib(host_bytes)}, but only "
-            f"{HOST_FRACTION} of {_gib(limits.host)} available may hold them. Use a smaller --kt-method or put more experts on the device."
+            f"{HOST_FRACTION} of {_gib(limits.host)} available may hold them. Use a smaller --kt-method or put more "
+            "experts on the device."
         )
     budget = int(limits.device * limits.fraction)
     fixed = needs.dense + needs.device_experts * needs.expert + needs.activations + (host_bytes if limits.shared else 0)
@@ -70,14 +71,17 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
     tokens = tokens // page * page if wanted_tokens is None else -(-tokens // page) * page
     if tokens < page or tokens * needs.kv_token > left:
         wanted = max(tokens, page)
-        experts = f"{needs.device_experts} device experts {_gib(needs.device_experts * needs.expert)}"
-        if limits.shared:
-            experts += f" + {needs.host_experts} host experts {_gib(host_bytes)}"
+        parts = [
+            f"dense weights {_gib(needs.dense)}",
+            f"{needs.device_experts} device experts {_gib(needs.device_experts * needs.expert)}",
+            *([f"{needs.host_experts} host experts {_gib(host_bytes)}"] if limits.shared else []),
+            f"activations {_gib(needs.activations)}",
+            f"KV pool {_gib(wanted * needs.kv_token)} ({wanted} tokens x {needs.kv_token} B)",
+        ]
         raise UserError(
-            f"memory: dense weights {_gib(needs.dense)} + {experts} + activations {_gib(needs.activations)} + KV pool {_gib(wanted * needs.kv_token)} "
-            f"({wanted} tokens x {needs.kv_token} B) = {_gib(fixed + wanted * needs.kv_token)}, but the budget is "
-            f"{_gib(budget)} ({limits.fraction} of {_gib(limits.device)}). "
-            "Lower --max-total-tokens, --chunked-prefill-size or --kt-num-gpu-experts, or raise --mem-fraction-static."
+            f"memory: {' + '.join(parts)} = {_gib(fixed + wanted * needs.kv_token)}, but the budget is {_gib(budget)} "
+            f"({limits.fraction} of {_gib(limits.device)}). Lower --max-total-tokens, --chunked-prefill-size or "
+            "--kt-num-gpu-experts, or raise --mem-fraction-static."
         )
     return MemoryPlan(needs, limits, tokens)
 

@@ -59,8 +59,7 @@ class ModelWeights:
         self._experts.close()
 
     def getter(self, dtype: torch.dtype, device: str) -> Callable[[str], Tensor]:
-        """weights(name) → the tensor on `device` in `dtype`, or in fp32 where the name table says so; dequantised if it is
-        FP8."""
+        """weights(name) → the tensor, dequantised, on `device` in `dtype`, or in fp32 where the name table says so."""
 
         def weights(name: str) -> Tensor:
             tensor = self._dense.read(name, torch.float32 if self._known[name].float32 else dtype, device)
