@@ -17,8 +17,8 @@ FEW = 1024
 
 
 def sample(logits: Tensor, batch: Batch, eos: tuple[int, ...] = ()) -> list[int | None]:
-    """A token for each chunk of the batch, None where none is due, INVALID_TOKEN where the logits are not finite. logits
-    fp32 [rows that draw, vocab] are changed where a sequence may not end yet (min_tokens)."""
+    """A token for each chunk of the batch, None where none is due, INVALID_TOKEN where the logits are not finite. The
+    logits, fp32 [rows that draw, vocab], are changed where a sequence may not end yet (min_tokens)."""
     drawing = [chunk.seq for chunk in batch.chunks if chunk.samples]
     finite = logits.amax(-1).isfinite().tolist()
     for row, seq in enumerate(drawing):
