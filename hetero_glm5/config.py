@@ -239,15 +239,17 @@ class EngineConfig(Flags):
             )
 
     def _check_gpu_flags(self, device: str, notes: list[str]) -> None:
-        gpu_only = []
-        if self.kt_gpu_prefill_token_threshold != "0":
-            gpu_only.append(f"--kt-gpu-prefill-token-threshold {self.kt_gpu_prefill_token_threshold}")
+        moves = []
+        if self.kt_gpu_prefill_token_threshold not in ("0", "auto") and int(self.kt_gpu_prefill_token_threshold):
+            moves.append(f"--kt-gpu-prefill-token-threshold {self.kt_gpu_prefill_token_threshold}")
+        if self.kt_gpu_prefill_token_threshold == "auto":
+            moves.append("--kt-gpu-prefill-token-threshold auto")
         if self.kt_enable_dynamic_expert_update:
-            gpu_only.append("--kt-enable-dynamic-expert-update")
-        for name in gpu_only:
-            if device == "cuda":
-                raise ConfigError(f"{name}: experts do not move between tiers in this version. Leave it out.")
-            notes.append(f"{name} has no effect with --device cpu: both tiers are the same memory.")
+            moves.append("--kt-enable-dynamic-expert-update")
+        why = (
+            "both tiers are the same memory" if device == "cpu" else "experts do not move while serving in this version"
+        )
+        notes += [f"{name} has no effect here: {why}." for name in moves]
         if self.attention_backend not in ("auto", "torch"):
             notes.append(f"--attention-backend {self.attention_backend}: attention runs in torch in this version.")
         if self.fp8_gemm_backend != "auto":

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -59,16 +58,15 @@ class SamplingParams:
         self._check("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100")
         self._check("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
         self._check("top_k", self.top_k >= 0, "at least 0 (0 means off)")
-        self._check("min_tokens", self.min_tokens >= 0, "at least 0")
+        most = "max_tokens" if self.max_tokens is not None else "any number"
+        fits = self.max_tokens is None or self.min_tokens <= self.max_tokens
+        self._check("min_tokens", self.min_tokens >= 0 and fits, f"between 0 and {most}")
         self._check("seed", self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1")
         self._check("stop", all(self.stop), "without empty strings")
 
     def _check(self, name: str, ok: bool, limit: str) -> None:
         if not ok:  # NaN fails every comparison and lands here too
             raise RequestError(f"{name} is {getattr(self, name)!r}; it must be {limit}.", name)
-
-
-_sequence_ids = count()
 
 
 @dataclass(eq=False)
@@ -81,7 +79,7 @@ class Sequence:
     tokens: list[int]
     params: SamplingParams
     num_prompt: int
-    id: int = field(default_factory=lambda: next(_sequence_ids))
+    id: int = -1  # its place in the order of arrival, from the scheduler
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -135,10 +133,6 @@ class Batch:
     """What one step computes: decode rows first, then prefill chunks."""
 
     chunks: list[Chunk]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
 
     def __bool__(self) -> bool:
         return bool(self.chunks)

@@ -15,13 +15,10 @@ from hetero_glm5 import _C
 @dataclass(frozen=True)
 class Hardware:
     cpu: str
-    isas: tuple[str, ...]  # kernel sets this CPU can run, best first
     cores: int  # physical cores of this process's cpuset
     numa_nodes: tuple[int, ...]
-    ram_total: int  # bytes
     ram_available: int  # bytes
     gpu: str | None
-    gpu_total: int  # bytes
     gpu_free: int  # bytes
 
     @property
@@ -36,21 +33,15 @@ def cpu_name() -> str:
     return platform.machine()
 
 
-def probe() -> Hardware:
+def probe(*, gpu: bool) -> Hardware:
+    """Looks at the machine; at a CUDA device, which creates a context there, only if `gpu`."""
     nodes = _C.topology()
-    memory = psutil.virtual_memory()
-    gpu, gpu_free, gpu_total = None, 0, 0
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name()
-        gpu_free, gpu_total = torch.cuda.mem_get_info()
+    has_gpu = gpu and torch.cuda.is_available()
     return Hardware(
         cpu=cpu_name(),
-        isas=tuple(_C.isas()),
         cores=sum(len(node["physical_cores"]) for node in nodes),
         numa_nodes=tuple(node["id"] for node in nodes),
-        ram_total=memory.total,
-        ram_available=memory.available,
-        gpu=gpu,
-        gpu_total=gpu_total,
-        gpu_free=gpu_free,
+        ram_available=psutil.virtual_memory().available,
+        gpu=torch.cuda.get_device_name() if has_gpu else None,
+        gpu_free=torch.cuda.mem_get_info()[0] if has_gpu else 0,
     )

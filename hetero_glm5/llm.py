@@ -82,10 +82,14 @@ class LLM:
     def logits(self, token_ids: list[int]) -> Tensor:
         """fp32 [T, vocab]: the logits after every token, computed through the engine's own chunked path."""
         seq = self.engine.add(token_ids, SamplingParams(max_tokens=1, temperature=0.0), logits=True)
-        while not seq.finished:
-            self.engine.step()
-        assert seq.logits is not None
-        return torch.cat(seq.logits)
+        try:
+            while not seq.finished:
+                for event in self.engine.step():
+                    if event.error is not None:
+                        raise RuntimeError(event.error)
+        finally:
+            self.engine.abort(seq)  # does nothing to a finished one
+        return torch.cat(seq.logits or [])
 
     def close(self) -> None:
         self.engine.close()

@@ -31,10 +31,11 @@ def model(**overrides) -> ModelConfig:
     return ModelConfig.parse(tiny_config(**overrides))
 
 
-def test_the_cards_command_parses_and_says_what_has_no_effect():
-    engine, server = parse(CARD.format(method="BF16") + " --device cpu")
-    settled, notes = engine.resolve(model(), **MACHINE)
-    assert settled.kt_cpuinfer == 2 and settled.device == "cpu" and settled.kv_cache_dtype == "bfloat16"
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_cards_command_parses_and_says_what_has_no_effect(device):
+    engine, server = parse(CARD.format(method="BF16") + f" --device {device}")
+    settled, notes = engine.resolve(model(), **MACHINE | {"cuda": device == "cuda"})
+    assert settled.kt_cpuinfer == 2 and settled.device == device and settled.kv_cache_dtype == "bfloat16"
     assert (server.host, server.port, server.tool_call_parser, server.reasoning_parser) == (
         "0.0.0.0",
         30000,
@@ -83,7 +84,6 @@ def test_flags_that_cannot_work_are_refused_in_a_sentence(flags, words):
         ("--kt-num-gpu-experts 17", {}, {}, ["17", "16"]),
         ("--context-length 8192", {}, {}, ["8192", "4096"]),
         ("--kt-numa-nodes 0 1", {}, {}, ["0 1", "NUMA"]),
-        ("--kt-enable-dynamic-expert-update", {}, {"cuda": True}, ["--kt-enable-dynamic-expert-update"]),
     ],
 )
 def test_flags_that_this_model_or_machine_refuses(flags, overrides, machine, words):
@@ -109,6 +109,12 @@ def test_auto_method_follows_dtype_and_checkpoint():
 def test_auto_method_is_what_the_store_holds(line):
     settled, _ = parse(line)[0].resolve(model(), **MACHINE, packed_as="FP8")
     assert settled.kt_method == "FP8"
+
+
+@pytest.mark.parametrize(("threshold", "noted"), [("0", False), ("00", False), ("64", True), ("auto", True)])
+def test_a_prefill_threshold_of_zero_means_never(threshold, noted):
+    _, notes = parse(f"--kt-gpu-prefill-token-threshold {threshold}")[0].resolve(model(), **MACHINE)
+    assert any("prefill-token-threshold" in note for note in notes) == noted
 
 
 def test_nearest_flag_names_the_closest():

@@ -1,5 +1,6 @@
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "bindings/bindings.h"
 #include "moe/moe_layer.h"
@@ -17,8 +18,9 @@ class PoolHandle {
     return pool_;
   }
   void close() {
-    py::gil_scoped_release release;  // the queue finishes its jobs first
-    pool_.reset();
+    auto pool = std::exchange(pool_, nullptr);  // with the GIL, which guards pool_
+    py::gil_scoped_release release;             // the queue finishes its jobs first
+    pool.reset();
   }
 
  private:

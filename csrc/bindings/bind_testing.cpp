@@ -12,12 +12,16 @@
 namespace hetero {
 namespace {
 
-// A queue of Python callables.
+// A queue of Python callables; dropping it runs what was submitted.
 class PyJobQueue {
  public:
+  ~PyJobQueue() {
+    py::gil_scoped_release release;
+    queue_.reset();
+  }
   int64_t submit(py::function job) {
     jobs_.push_back(std::make_unique<py::function>(std::move(job)));
-    return queue_.submit(
+    return queue_->submit(
         [](void* arg) {
           py::gil_scoped_acquire gil;
           (*static_cast<py::function*>(arg))();
@@ -26,12 +30,12 @@ class PyJobQueue {
   }
   void wait(int64_t ticket) {
     py::gil_scoped_release release;
-    queue_.wait(ticket);
+    queue_->wait(ticket);
   }
 
  private:
   std::vector<std::unique_ptr<py::function>> jobs_;
-  JobQueue queue_;
+  std::unique_ptr<JobQueue> queue_ = std::make_unique<JobQueue>();
 };
 
 void for_each(ThreadPool& pool, int64_t tasks, const py::function& body) {

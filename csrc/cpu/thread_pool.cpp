@@ -5,6 +5,7 @@
 #include <sched.h>
 
 #include <chrono>
+#include <system_error>
 #include <utility>
 
 #include "base/check.h"
@@ -40,14 +41,21 @@ ThreadPool::ThreadPool(int threads, const std::vector<int>& cores)
   const bool pinned = threads <= static_cast<int>(cores.size());
   for (int worker = 1; worker < threads; worker++) {
     const int cpu = pinned ? cores[worker] : -1;
-    workers_.emplace_back([this, worker, cpu] {
-      if (cpu >= 0) pin_to(cpu);
-      worker_loop(worker);
-    });
+    try {
+      workers_.emplace_back([this, worker, cpu] {
+        if (cpu >= 0) pin_to(cpu);
+        worker_loop(worker);
+      });
+    } catch (const std::system_error&) {  // a limit on processes or memory
+      end_workers();
+      refuse("only ", worker, " of ", threads, " threads could be started; use fewer, or raise the limit on processes");
+    }
   }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { end_workers(); }
+
+void ThreadPool::end_workers() {
   stop_ = true;
   generation_.fetch_add(1);
   futex_wake_all(generation_);

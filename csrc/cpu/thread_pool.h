@@ -51,6 +51,7 @@ class ThreadPool {
   int64_t take(int worker);  // -1: nothing left
   void fork_join(int64_t tasks, Call call, void* arg);
   void worker_loop(int worker);
+  void end_workers();
   bool enter();
   void leave();
   void run_guarded(int worker) noexcept;

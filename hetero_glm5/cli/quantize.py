@@ -37,7 +37,7 @@ def quantize(
         typer.echo(f"{len(conversion.finished)} of {len(conversion.layers)} layers are there already.", err=True)
     display = LoadDisplay(console, "packing")
     try:
-        store = conversion.run(threads or hardware.probe().cores, display.update)
+        store = conversion.run(threads or hardware.probe(gpu=False).cores, display.update)
     finally:
         display.close()
         conversion.close()

@@ -24,7 +24,7 @@ def verify(
     opened = ExpertStore(store)
     display = LoadDisplay(console, "verifying")
     try:
-        problems = opened.verify(threads or hardware.probe().cores, display.update)
+        problems = opened.verify(threads or hardware.probe(gpu=False).cores, display.update)
     finally:
         display.close()
         opened.close()

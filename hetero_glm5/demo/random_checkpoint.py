@@ -24,12 +24,14 @@ from hetero_glm5.demo.chat_template import CHAT_TEMPLATE
 from hetero_glm5.demo.configs import serve_config, tiny_config
 from hetero_glm5.demo.tokenizer import EOS, PAD, build_tokenizer, tokenizer_config
 from hetero_glm5.model_config import FP8_BLOCK, ModelConfig, read_json
+from hetero_glm5.weights.checkpoint import DTYPES as CODE_DTYPES
 from hetero_glm5.weights.names import SCALE_SUFFIX, TensorSpec, expected_tensors, scale_shape
+from hetero_glm5.weights.quantize import quantize_fp8
 
 __all__ = ["serve_config", "tiny_config", "write_checkpoint"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}  # safetensors' names
+CODES = {dtype: code for code, dtype in CODE_DTYPES.items()}
 SHARD_BYTES = 512 * 2**20
 DRAWN = 1_000_003  # numbers drawn for one tensor; a larger one repeats them. A prime, so that no two rows are alike
 
@@ -97,7 +99,7 @@ class Draw:
         quantised = self.fp8 and spec.quantised
         values = values.to(torch.float32 if quantised else self.stored(name, spec)[0][2])
         full = values.repeat(-(-numel // len(values)))[:numel].view(spec.shape)
-        return list(quantise_fp8(full)) if quantised else [full]
+        return list(quantize_fp8(full)) if quantised else [full]
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -112,17 +114,6 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return 0.0, 1.0
     gain = 2.0 if name == "lm_head.weight" else 1.0
     return 0.0, gain * shape[1] ** -0.5
-
-
-def quantise_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [N,K] fp32 -> (E4M3 [N,K], multipliers fp32 [ceil(N/128), ceil(K/128)]); the last blocks may be ragged."""
-    rows, columns = weight.shape
-    b = FP8_BLOCK
-    padded = torch.nn.functional.pad(weight, (0, -columns % b, 0, -rows % b))
-    blocks = padded.view(padded.shape[0] // b, b, padded.shape[1] // b, b)
-    scale = blocks.abs().amax((1, 3)).clamp_(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    codes = (blocks / scale[:, None, :, None]).view(padded.shape)[:rows, :columns]
-    return codes.to(torch.float8_e4m3fn).contiguous(), scale
 
 
 def _quantization_config(specs: dict[str, TensorSpec]) -> dict[str, Any]:

@@ -10,7 +10,16 @@ import torch
 
 from hetero_glm5 import hardware
 from hetero_glm5.config import EngineConfig
-from hetero_glm5.core import LoadProgress, RequestError, SamplingParams, Sequence, TokenEvent, UserError, no_clock
+from hetero_glm5.core import (
+    Batch,
+    LoadProgress,
+    RequestError,
+    SamplingParams,
+    Sequence,
+    TokenEvent,
+    UserError,
+    no_clock,
+)
 from hetero_glm5.engine.kv_cache import PagePool
 from hetero_glm5.engine.runner import Runner
 from hetero_glm5.engine.sampler import sample
@@ -18,8 +27,9 @@ from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
 from hetero_glm5.experts.cpu_tier import HostPool
 from hetero_glm5.experts.tiers import load_tiers
+from hetero_glm5.flags import ConfigError
 from hetero_glm5.model.glm5 import GLM5
-from hetero_glm5.model.state import Cache, Clocked, cache_bytes_per_token
+from hetero_glm5.model.state import Cache, Clocked, activation_bytes, cache_bytes_per_token
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.placement.memory import Limits, MemoryPlan, Needs, host_experts_fit, plan_memory
 from hetero_glm5.placement.policy import place, slots
@@ -38,16 +48,21 @@ class Engine:
         self.config, self.runner, self.scheduler, self.pool = config, runner, scheduler, pool
         self.model_config: ModelConfig = runner.model.config
         self.clock: Clocked = no_clock
+        self.batch = Batch([])  # what the latest step computed, or failed to
 
     def step(self) -> list[TokenEvent]:
         """Computes the next batch and returns an event for each sequence that got a token."""
-        batch = self.scheduler.schedule()
+        batch = self.batch = self.scheduler.schedule()
         if not batch:
             return []
         logits = self.runner.forward(batch, self.clock)
         with self.clock("sampling"):
-            tokens = sample(logits, batch)
+            tokens = sample(logits, batch, self.model_config.eos_token_ids)
         return self.scheduler.commit(batch, tokens)
+
+    def fail_step(self, message: str) -> list[TokenEvent]:
+        """After a step that raised: ends the sequences it was computing with error events; the others go on."""
+        return self.scheduler.fail(self.batch, message)
 
     def add(self, tokens: list[int], params: SamplingParams, *, logits: bool = False) -> Sequence:
         """Queues a prompt. Raises RequestError or QueueFull. With `logits`, seq.logits collects those of the prompt."""
@@ -60,9 +75,11 @@ class Engine:
         vocab = self.model_config.vocab_size
         if not tokens:
             raise RequestError("the prompt is empty; it needs at least one token.", "prompt")
-        wrong = next((t for t in tokens if not 0 <= t < vocab), None)
-        if wrong is not None:
-            raise RequestError(f"the prompt holds token id {wrong}; ids lie between 0 and {vocab - 1}.", "prompt")
+        wrong = [t for t in tokens if type(t) is not int or not 0 <= t < vocab]
+        if wrong:
+            raise RequestError(
+                f"the prompt holds token id {wrong[0]!r}; ids are whole numbers from 0 to {vocab - 1}.", "prompt"
+            )
         room = self.context_length - len(tokens)
         if room < 1:
             raise RequestError(
@@ -109,12 +126,12 @@ class Engine:
     ) -> Engine:
         """Reads the checkpoint, places the experts, sizes the KV pool. Raises UserError, if it can before reading."""
         if not config.model:
-            raise RequestError("--model is missing: give a checkpoint folder in Hugging Face format.", "model")
+            raise ConfigError("--model is missing: give a checkpoint folder in Hugging Face format.")
         progress(LoadProgress("reading headers"))
         model_config = ModelConfig.load(config.model)
         if config.latent_norm_eps is not None:
             model_config = replace(model_config, latent_norm_eps=config.latent_norm_eps)
-        machine = hardware.probe()
+        machine = hardware.probe(gpu=config.device != "cpu")
         path = config.kt_weight_path
         store = ExpertStore(path) if path is not None and is_store(path) else None
         config, notes = config.resolve(
@@ -146,6 +163,7 @@ class Engine:
         slot_of = _placement(config, model_config)
         on_device = int(slot_of.max()) + 1
         memory = _memory(config, source, layout, machine, on_device)
+        context_length = _context_length(config, model_config, memory.kv_tokens)
         for line in memory.report():
             log.info(line)
 
@@ -161,10 +179,6 @@ class Engine:
             model_config, memory.kv_tokens, dtype=getattr(torch, config.kv_cache_dtype), device=config.device
         )
         pages = PagePool(memory.kv_tokens // config.page_size, config.page_size)
-        wanted = config.context_length or model_config.max_position_embeddings
-        context_length = min(wanted, memory.kv_tokens)
-        if context_length < wanted:
-            log.info("context length %d: that is what the KV pool holds", context_length)
         stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
         runner = Runner(model, tiers, cache, config.page_size)
         return cls(config, runner, Scheduler(config, pages, stopping), pool)
@@ -192,6 +206,7 @@ def _memory(
         expert=layout.blob_bytes,
         device_experts=on_device,
         host_experts=len(model.moe_layers) * model.n_routed_experts - on_device,
+        activations=activation_bytes(model, getattr(torch, config.dtype), _most_rows(config)),
         kv_token=cache_bytes_per_token(model, getattr(torch, config.kv_cache_dtype)),
         mapped=config.kt_weight_mode == "mmap",
     )
@@ -201,14 +216,28 @@ def _memory(
         shared=not gpu,
         fraction=config.mem_fraction_static,
     )
-    wanted, page = config.max_total_tokens, config.page_size
-    if (
-        source.mappable
-        and config.kt_weight_mode == "auto"
-        and not host_experts_fit(needs, limits, wanted_tokens=wanted, page=page)
-    ):
+    pool = config.max_total_tokens or config.context_length or 1
+    mappable = source.mappable and config.kt_weight_mode == "auto"
+    if mappable and not host_experts_fit(needs, limits, tokens=pool, page=config.page_size):
         log.info("the host experts do not fit in memory: they stay in the store's files and are read as they are used")
         needs = replace(needs, mapped=True)
     context = config.context_length or model.max_position_embeddings
-    most = context * config.max_running_requests
-    return plan_memory(needs, limits, wanted_tokens=wanted, most_tokens=most, page=page)
+    most = -(-context // config.page_size) * config.page_size * config.max_running_requests
+    return plan_memory(needs, limits, wanted_tokens=config.max_total_tokens, most_tokens=most, page=config.page_size)
+
+
+def _most_rows(config: EngineConfig) -> int:
+    return config.chunked_prefill_size + config.max_running_requests
+
+
+def _context_length(config: EngineConfig, model: ModelConfig, pool: int) -> int:
+    """What was asked for must fit into the pool; what was not is lowered to it, and told."""
+    if config.context_length is not None and config.context_length > pool:
+        raise UserError(
+            f"--context-length is {config.context_length}, but the KV pool holds {pool} tokens. Raise "
+            "--max-total-tokens or --mem-fraction-static, or lower --context-length."
+        )
+    wanted = config.context_length or model.max_position_embeddings
+    if wanted > pool:
+        log.info("context length %d of the model's %d: that is what the KV pool holds", pool, wanted)
+    return min(wanted, pool)

@@ -9,6 +9,7 @@ always go on, because no sequence may be longer than the pool.
 from __future__ import annotations
 
 from collections import deque
+from itertools import count
 
 from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import Batch, Chunk, FinishReason, QueueFull, Sequence, TokenEvent
@@ -23,12 +24,14 @@ class Scheduler:
         self.config, self.pages, self.stopping = config, pages, stopping
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
+        self._arrivals = count()
 
     def add(self, seq: Sequence) -> None:
         if len(self.waiting) >= self.config.max_queued_requests:
             raise QueueFull(
                 f"{len(self.waiting)} requests are waiting, the limit of --max-queued-requests. Try again later."
             )
+        seq.id = next(self._arrivals)
         self.waiting.append(seq)
 
     def abort(self, seq: Sequence) -> None:
@@ -102,6 +105,13 @@ class Scheduler:
                 self._finish(seq, event.finish_reason)
             events.append(event)
         return events
+
+    def fail(self, batch: Batch, message: str) -> list[TokenEvent]:
+        """Ends the sequences of a batch that could not be computed."""
+        unlucky = [chunk.seq for chunk in batch.chunks if not chunk.seq.finished]
+        for seq in unlucky:
+            self._finish(seq, "error")
+        return [TokenEvent(seq, None, "", "error", message) for seq in unlucky]
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         seq.finish_reason = reason

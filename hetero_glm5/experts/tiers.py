@@ -31,7 +31,7 @@ class ExpertTiers:
         self.host, self.device = host, device
         self.slot_of = torch.from_numpy(slot_of).to(device.slots.device)
         self._on_device = (slot_of >= 0).any(axis=1)
-        self._overlap = overlap
+        self.overlap = overlap
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock=no_clock) -> Callable[[], Tensor]:
         """x [T, hidden], ids int64 [T, k], weights fp32 [T, k]. Returns join() → Σ_k w·E_k(x), fp32 [T, hidden]."""
@@ -55,7 +55,7 @@ class ExpertTiers:
         return join
 
     def _start_host(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
-        if not self._overlap:
+        if not self.overlap:
             y = self.host[layer](x, ids, weights)
             return lambda: y
         return self.host[layer].submit(x.cpu(), ids.cpu(), weights.cpu()).wait

@@ -39,9 +39,8 @@ class SharedExpert(DenseMLP):
 class MoE:
     def __init__(self, config: ModelConfig, weights: Weights, layer: int, prefix: str):
         self.config, self.layer = config, layer
-        # fp32 from end to end: rounding the logits or the bias (values near 7, 1e-3 apart) changes the routing.
-        self.gate = weights(f"{prefix}gate.weight", float32=True)  # [E, hidden]
-        self.bias = weights(f"{prefix}gate.e_score_correction_bias", float32=True)  # [E]
+        self.gate = weights(f"{prefix}gate.weight")  # [E, hidden], fp32
+        self.bias = weights(f"{prefix}gate.e_score_correction_bias")  # [E], fp32
         self.shared = SharedExpert(weights, f"{prefix}shared_experts.")
 
     def __call__(self, x: Tensor, rows: Rows, experts: Experts) -> Tensor:

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hetero_glm5.core import no_clock
 from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.ops.reference import BLOCK_ELEMENTS
 
 Clocked = Callable[[str], AbstractContextManager[None]]  # core.Clock or core.no_clock
-
-
-class Weights(Protocol):
-    """Gives a checkpoint's tensor on the model's device, in the compute type or in fp32."""
-
-    def __call__(self, name: str, float32: bool = False) -> Tensor: ...
+Weights = Callable[[str], Tensor]  # a checkpoint's tensor by name, on the model's device and in its type
 
 
 @dataclass(frozen=True)
@@ -72,3 +67,11 @@ def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype, mtp: bool = F
     layers = range(config.num_hidden_layers + mtp)
     values = sum(config.latent_dim + (config.index_head_dim if config.has_indexer(i) else 0) for i in layers)
     return values * dtype.itemsize
+
+
+def activation_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:
+    """About what a step of `rows` rows holds beside weights and cache: the widest tensors of a layer (queries, absorbed
+    queries, mixed latents, each once more while they are made), and the blocks of ops.reference."""
+    queries = config.num_attention_heads * (config.qk_head_dim + 2 * config.latent_dim + config.kv_lora_rank)
+    hidden = 6 * config.hidden_size + 2 * config.intermediate_size
+    return rows * 2 * (queries + hidden) * dtype.itemsize + 4 * 4 * BLOCK_ELEMENTS

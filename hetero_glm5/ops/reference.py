@@ -17,14 +17,13 @@ BLOCK_ELEMENTS = 1 << 24  # rows are processed in blocks whose largest fp32 temp
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis; returns x's type."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, weight fp32; returns x's type."""
+    return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Mean and variance over the last axis; returns x's type."""
-    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+    """Mean and variance over the last axis, weight and bias fp32; returns x's type."""
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
 def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -35,8 +34,8 @@ def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tenso
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates neighbouring pairs (x₂ⱼ, x₂ⱼ₊₁) of x [T, ..., dim] by row t's angles [T, dim/2]; interleaved, in place
-    of order. Half-split rotation is another model's: it goes unnoticed until the indexer starts to choose."""
+    """Rotates neighbouring pairs (x₂ⱼ, x₂ⱼ₊₁) of x [T, ..., dim] by row t's angles [T, dim/2]. Pairing the halves,
+    (x_j, x_{j+dim/2}), is another model's way, and goes unnoticed until the indexer starts to choose."""
     shape = [x.shape[0], *[1] * (x.dim() - 2), -1]
     cos, sin = cos.view(shape), sin.view(shape)
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
@@ -60,6 +59,7 @@ def index_scores(q: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
 def select_positions(q: Tensor, head_weights: Tensor, keys: Tensor, topk: int) -> Tensor:
     """For rows that are the last T of the S positions: the min(topk, p_t + 1) positions s ≤ p_t with the highest index
     score; int64 [T, topk], best first, unused slots -1. The row's own position is not forced in."""
+    keys = keys.float()
     chosen = torch.full((q.shape[0], topk), -1, dtype=torch.int64, device=q.device)
     for rows, future in _causal_blocks(q.shape[0], keys.shape[0], q.shape[1], q.device):
         scores = index_scores(q[rows], head_weights[rows], keys[: future.shape[1]])
@@ -144,10 +144,11 @@ def experts(
     matrices(e) gives (gate, up, down) of expert e in x's type; it is called once for each expert that has rows.
     """
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in ids.unique().tolist():
-        if expert < 0:
-            continue
-        rows, slots = (ids == expert).nonzero(as_tuple=True)
-        out = swiglu(x[rows], *matrices(expert)).float()
-        y.index_add_(0, rows, out * weights[rows, slots, None])
+    order = ids.flatten().argsort(stable=True)  # slots by expert, the unused first
+    counts = (ids.flatten() + 1).bincount().tolist()
+    for expert, slots in enumerate(order.split(counts), start=-1):
+        if expert >= 0 and len(slots):
+            rows = slots // ids.shape[1]
+            out = swiglu(x[rows], *matrices(expert)).float()
+            y.index_add_(0, rows, out * weights.flatten()[slots, None])
     return y

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hetero_glm5.core import UserError
 
 GIB = 1 << 30
+HOST_FRACTION = 0.95
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Needs:
     expert: int  # one packed expert
     device_experts: int  # how many on the device
     host_experts: int  # how many on the host
+    activations: int  # the largest step's temporaries on the device
     kv_token: int  # cached bytes of one token over all layers
     mapped: bool = False  # the host experts stay in files
 
@@ -28,7 +30,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine offers, in bytes. `device` and `host` are the same memory when `shared`."""
+    """What the machine offers, in bytes. `device` and `host` are the same memory when `shared`. HOST_FRACTION of `host`
+    may hold experts: the rest is for loading, scratch and everybody else."""
 
     device: int
     host: int
@@ -48,19 +51,18 @@ class MemoryPlan:
         device = [
             f"dense weights {_gib(n.dense)}",
             f"{n.device_experts} experts {_gib(n.device_experts * n.expert)}",
+            f"activations {_gib(n.activations)}",
             f"KV pool {_gib(self.kv_tokens * n.kv_token)} ({self.kv_tokens} tokens x {n.kv_token} B)",
         ]
         host = f"{n.host_experts} experts {_gib(n.host_experts * n.expert)}" + (", in files" if n.mapped else "")
         return ["device tier: " + ", ".join(device), f"host tier: {host}"]
 
 
-def host_experts_fit(needs: Needs, limits: Limits, *, wanted_tokens: int | None, page: int) -> bool:
-    """Whether the host experts can be copied into memory, beside what shares it: the rest and the wanted KV pool."""
+def host_experts_fit(needs: Needs, limits: Limits, *, tokens: int, page: int) -> bool:
+    """Whether the host experts can be in memory, beside a KV pool of `tokens` and the rest where they share it."""
     if not limits.shared:
-        return needs.host_bytes <= limits.host
-    pool = -(-(wanted_tokens or 1) // page) * page * needs.kv_token
-    fixed = needs.dense + needs.device_experts * needs.expert + needs.host_bytes
-    return fixed + pool <= int(limits.device * limits.fraction)
+        return needs.host_bytes <= limits.host * HOST_FRACTION
+    return _fixed(needs, limits) + -(-tokens // page) * page * needs.kv_token <= _budget(limits)
 
 
 def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most_tokens: int, page: int) -> MemoryPlan:
@@ -68,29 +70,42 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
 
     Raises UserError when the weights or the wanted pool do not fit.
     """
-    host_bytes = needs.host_bytes
-    if not limits.shared and host_bytes > limits.host:
+    if not limits.shared and needs.host_bytes > limits.host * HOST_FRACTION:
         raise UserError(
-            f"host memory: {needs.host_experts} experts x {_gib(needs.expert)} = {_gib(host_bytes)}, but only "
-            f"{_gib(limits.host)} are available. Use a smaller --kt-method or put more experts on the device."
+            f"host memory: {needs.host_experts} experts x {_gib(needs.expert)} = {_gib(needs.host_bytes)}, but only "
+            f"{HOST_FRACTION} of {_gib(limits.host)} available may hold them. Use a smaller --kt-method or put more "
+            "experts on the device."
         )
-    budget = int(limits.device * limits.fraction)
-    fixed = needs.dense + needs.device_experts * needs.expert + (host_bytes if limits.shared else 0)
+    budget, fixed = _budget(limits), _fixed(needs, limits)
     left = budget - fixed
     tokens = min(left // needs.kv_token, most_tokens) if wanted_tokens is None else wanted_tokens
     tokens = tokens // page * page if wanted_tokens is None else -(-tokens // page) * page
     if tokens < page or tokens * needs.kv_token > left:
         wanted = max(tokens, page)
-        experts = f"{needs.device_experts} device experts {_gib(needs.device_experts * needs.expert)}"
-        if limits.shared:
-            experts += f" + {needs.host_experts} host experts {_gib(host_bytes)}" if host_bytes else ""
+        host = f"{needs.host_experts} host experts {_gib(needs.host_bytes)}"
+        parts = [
+            f"dense weights {_gib(needs.dense)}",
+            f"{needs.device_experts} device experts {_gib(needs.device_experts * needs.expert)}",
+            *([host] if limits.shared and not needs.mapped else []),
+            f"activations {_gib(needs.activations)}",
+            f"KV pool {_gib(wanted * needs.kv_token)} ({wanted} tokens x {needs.kv_token} B)",
+        ]
         raise UserError(
-            f"memory: dense weights {_gib(needs.dense)} + {experts} + KV pool {_gib(wanted * needs.kv_token)} "
-            f"({wanted} tokens x {needs.kv_token} B) = {_gib(fixed + wanted * needs.kv_token)}, but the budget is "
-            f"{_gib(budget)} ({limits.fraction} of {_gib(limits.device)}). "
-            "Lower --max-total-tokens or --kt-num-gpu-experts, or raise --mem-fraction-static."
+            f"memory: {' + '.join(parts)} = {_gib(fixed + wanted * needs.kv_token)}, but the budget is {_gib(budget)} "
+            f"({limits.fraction} of {_gib(limits.device)}). Lower --max-total-tokens, --chunked-prefill-size or "
+            "--kt-num-gpu-experts, or raise --mem-fraction-static."
         )
     return MemoryPlan(needs, limits, tokens)
+
+
+def _budget(limits: Limits) -> int:
+    return int(limits.device * limits.fraction)
+
+
+def _fixed(needs: Needs, limits: Limits) -> int:
+    """Bytes of the budget that the KV pool cannot have."""
+    device = needs.dense + needs.device_experts * needs.expert + needs.activations
+    return device + (needs.host_bytes if limits.shared else 0)
 
 
 def _gib(size: int) -> str:

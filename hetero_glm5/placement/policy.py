@@ -9,7 +9,8 @@ RANDOM_SEED = 42
 
 def uniform(layers: int, experts: int, budget: int) -> np.ndarray:
     """The same number in each layer, the lowest ids; what does not divide goes to the first layers."""
-    return np.arange(experts) < (budget // layers + (np.arange(layers) < budget % layers))[:, None]
+    each, over = divmod(budget, layers) if layers else (0, 0)
+    return np.arange(experts) < (each + (np.arange(layers) < over))[:, None]
 
 
 def front_loading(layers: int, experts: int, budget: int) -> np.ndarray:

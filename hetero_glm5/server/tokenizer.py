@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from hetero_glm5.core import RequestError, UserError
+from hetero_glm5.core import RequestError, SamplingParams, UserError
 from hetero_glm5.model_config import read_json
 from hetero_glm5.server.chat_template import ChatTemplate
 
@@ -46,6 +46,10 @@ class SamplingDefaults:
         for key, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UserError(f'{path}: "{key}" is {value!r}; it must be a number.')
+        try:
+            SamplingParams(**values)
+        except RequestError as error:
+            raise UserError(f"{path}: {error}") from error
         return cls(**values)
 
 

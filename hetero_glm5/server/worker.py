@@ -22,6 +22,8 @@ from hetero_glm5.server.errors import GenerationFailed, NotReady
 
 log = logging.getLogger(__name__)
 
+MAX_FAILURES = 3  # steps in a row; after that the device, not a request, is to blame
+
 State = Literal["loading", "ready", "failed"]
 Report = Callable[[LoadProgress], None]
 
@@ -85,6 +87,7 @@ class EngineWorker:
         self._generations: set[Generation] = set()  # the loop's
         self._stopping = False
         self._busy_since: float | None = None  # when the step in progress began
+        self._failures = 0  # steps in a row that raised; the engine thread's
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # On the loop's thread.
@@ -189,12 +192,15 @@ class EngineWorker:
         self._busy_since = time.monotonic()
         try:
             events = self._engine.step()
+            self._failures = 0
         except Exception as error:  # a step fails its requests, not the server
             log.exception("a step failed")
-            message = f"The engine failed while computing this request: {type(error).__name__}: {error}"
-            for seq in self._sequences:
-                self._engine.abort(seq)
-            events = [TokenEvent(seq, None, "", "error", message) for seq in self._sequences]
+            self._failures += 1
+            if self._failures == MAX_FAILURES:
+                raise
+            events = self._engine.fail_step(
+                f"The engine failed while computing this request: {type(error).__name__}: {error}"
+            )
         finally:
             self._busy_since = None
         told = [(*self._sequences[event.seq], event) for event in events]

@@ -17,7 +17,7 @@ from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.weights.checkpoint import Checkpoint
 from hetero_glm5.weights.expert_source import CheckpointExperts, ExpertSource, MappedExperts, StoredExperts
 from hetero_glm5.weights.expert_store import ExpertStore
-from hetero_glm5.weights.names import TensorSpec, expected_tensors, expert_tensors, layer_tensors
+from hetero_glm5.weights.names import TensorSpec, expected_tensors, expert_tensors
 from hetero_glm5.weights.quantize import ExpertLayout
 
 Report = Callable[[LoadProgress], None]
@@ -39,7 +39,7 @@ class ModelWeights:
             self._experts: Checkpoint | ExpertStore = self._dense
         else:
             self._experts = Checkpoint(experts) if isinstance(experts, str) else experts
-        known = expected_tensors(config, mtp=config.num_nextn_predict_layers > 0 or mtp)
+        known = self._known = expected_tensors(config, mtp=config.num_nextn_predict_layers > 0 or mtp)
         needed = expected_tensors(config, mtp)
         routed: dict[str, TensorSpec] = {}
         for layer in self.layers:
@@ -65,11 +65,11 @@ class ModelWeights:
         self._dense.close()
         self._experts.close()
 
-    def getter(self, dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
-        """weights(name, float32=False) → the tensor in `dtype` (or fp32) on `device`, dequantised if it is FP8."""
+    def getter(self, dtype: torch.dtype, device: str) -> Callable[[str], Tensor]:
+        """weights(name) → the tensor, dequantised, on `device` in `dtype`, or in fp32 where the name table says so."""
 
-        def weights(name: str, float32: bool = False) -> Tensor:
-            tensor = self._dense.read(name, torch.float32 if float32 else dtype, device)
+        def weights(name: str) -> Tensor:
+            tensor = self._dense.read(name, torch.float32 if self._known[name].float32 else dtype, device)
             self.tell("dense weights")
             return tensor
 
@@ -109,13 +109,11 @@ class ModelWeights:
 
 
 def dense_bytes(config: ModelConfig, dtype: torch.dtype, mtp: bool = False) -> int:
-    """Bytes of everything but routed experts once loaded: `dtype`, router weights in fp32."""
-    shapes = {"model.embed_tokens": 2 * config.vocab_size * config.hidden_size, "model.norm": config.hidden_size}
-    total = sum(shapes.values()) * dtype.itemsize
-    for layer in range(config.num_hidden_layers + mtp):
-        for name, spec in layer_tensors(config, layer).items():
-            item = 4 if ".mlp.gate." in name else dtype.itemsize
-            total += torch.Size(spec.shape).numel() * item
-    if mtp:
-        total += (2 * config.hidden_size**2 + 3 * config.hidden_size) * dtype.itemsize
-    return total
+    """Bytes of everything but routed experts once loaded: `dtype`, or fp32 where the name table says so."""
+    layers = range(config.num_hidden_layers + mtp)
+    routed = {name for layer in layers for name in expert_tensors(config, layer)}
+    return sum(
+        torch.Size(spec.shape).numel() * (4 if spec.float32 else dtype.itemsize)
+        for name, spec in expected_tensors(config, mtp).items()
+        if name not in routed
+    )

@@ -18,6 +18,7 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     quantised: bool = False  # FP8 with 128x128 scales in GLM-5-FP8
     dtype: str | None = None  # the safetensors type it always has; None: the checkpoint's
+    float32: bool = False  # held in fp32 whatever the compute type is
 
 
 def layer_prefix(layer: int) -> str:
@@ -38,7 +39,7 @@ def expected_tensors(config: ModelConfig, mtp: bool) -> dict[str, TensorSpec]:
     hidden = config.hidden_size
     tensors = {
         "model.embed_tokens.weight": TensorSpec((config.vocab_size, hidden)),
-        "model.norm.weight": TensorSpec((hidden,)),
+        "model.norm.weight": _norm(hidden),
         "lm_head.weight": TensorSpec((config.vocab_size, hidden)),
     }
     for layer in range(config.num_hidden_layers + (1 if mtp else 0)):
@@ -47,7 +48,7 @@ def expected_tensors(config: ModelConfig, mtp: bool) -> dict[str, TensorSpec]:
         prefix = layer_prefix(config.num_hidden_layers)
         tensors[f"{prefix}eh_proj.weight"] = TensorSpec((hidden, 2 * hidden))
         for name in ("enorm", "hnorm", "shared_head.norm"):
-            tensors[f"{prefix}{name}.weight"] = TensorSpec((hidden,))
+            tensors[f"{prefix}{name}.weight"] = _norm(hidden)
     return tensors
 
 
@@ -56,13 +57,13 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
     c, hidden, prefix = config, config.hidden_size, layer_prefix(layer)
     heads = c.num_attention_heads
     tensors = {
-        "input_layernorm.weight": TensorSpec((hidden,)),
-        "post_attention_layernorm.weight": TensorSpec((hidden,)),
+        "input_layernorm.weight": _norm(hidden),
+        "post_attention_layernorm.weight": _norm(hidden),
         "self_attn.q_a_proj.weight": TensorSpec((c.q_lora_rank, hidden), True),
-        "self_attn.q_a_layernorm.weight": TensorSpec((c.q_lora_rank,)),
+        "self_attn.q_a_layernorm.weight": _norm(c.q_lora_rank),
         "self_attn.q_b_proj.weight": TensorSpec((heads * c.qk_head_dim, c.q_lora_rank), True),
         "self_attn.kv_a_proj_with_mqa.weight": TensorSpec((c.latent_dim, hidden), True),
-        "self_attn.kv_a_layernorm.weight": TensorSpec((c.kv_lora_rank,)),
+        "self_attn.kv_a_layernorm.weight": _norm(c.kv_lora_rank),
         "self_attn.kv_b_proj.weight": TensorSpec((heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank), True),
         "self_attn.o_proj.weight": TensorSpec((hidden, heads * c.v_head_dim), True),
     }
@@ -70,13 +71,14 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
         tensors |= {
             "self_attn.indexer.wq_b.weight": TensorSpec((c.index_n_heads * c.index_head_dim, c.q_lora_rank), True),
             "self_attn.indexer.wk.weight": TensorSpec((c.index_head_dim, hidden), True),
-            "self_attn.indexer.k_norm.weight": TensorSpec((c.index_head_dim,)),
-            "self_attn.indexer.k_norm.bias": TensorSpec((c.index_head_dim,)),
+            "self_attn.indexer.k_norm.weight": _norm(c.index_head_dim),
+            "self_attn.indexer.k_norm.bias": _norm(c.index_head_dim),
             "self_attn.indexer.weights_proj.weight": TensorSpec((c.index_n_heads, hidden)),
         }
     if config.is_sparse(layer):
-        tensors["mlp.gate.weight"] = TensorSpec((c.n_routed_experts, hidden))
-        tensors["mlp.gate.e_score_correction_bias"] = TensorSpec((c.n_routed_experts,), dtype="F32")
+        # Rounding the router's logits or its bias (values near 7, 1e-3 apart) to bf16 changes the routing.
+        tensors["mlp.gate.weight"] = TensorSpec((c.n_routed_experts, hidden), float32=True)
+        tensors["mlp.gate.e_score_correction_bias"] = TensorSpec((c.n_routed_experts,), dtype="F32", float32=True)
         tensors |= _mlp("mlp.shared_experts.", hidden, c.moe_intermediate_size * c.n_shared_experts)
     else:
         tensors |= _mlp("mlp.", hidden, c.intermediate_size)
@@ -91,6 +93,11 @@ def expert_tensors(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
     for expert in range(config.n_routed_experts):
         tensors |= _mlp(expert_prefix(layer, expert), config.hidden_size, config.moe_intermediate_size)
     return tensors
+
+
+def _norm(width: int) -> TensorSpec:
+    """Norms compute in fp32; holding their few weights so saves a conversion at every use."""
+    return TensorSpec((width,), float32=True)
 
 
 def _mlp(prefix: str, hidden: int, intermediate: int) -> dict[str, TensorSpec]:

@@ -1,6 +1,8 @@
 """Fork-join: every task once, exceptions travel, more threads than cores, sleeping and waking, many calls."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -92,3 +94,16 @@ def test_pinning_leaves_the_caller_alone():
 def test_absurd_thread_counts_are_refused(threads):
     with pytest.raises(ValueError, match=f"not {threads}"):
         ThreadPool(threads)
+
+
+def test_threads_that_cannot_be_started_are_a_sentence():
+    """Under a limit on address space, where the stacks of 2000 threads do not fit."""
+    script = (
+        "import resource; from hetero_glm5 import _C\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
+        "try: _C.testing.ThreadPool(2000)\n"
+        "except ValueError as error: print(error)\n"
+        "print(_C.testing.ThreadPool(2).sum_tasks(8, 1))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "of 2000 threads could be started" in done.stdout and done.stdout.endswith("28\n"), done

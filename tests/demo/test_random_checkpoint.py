@@ -12,9 +12,10 @@ from safetensors import safe_open
 from tiny import tiny_checkpoint
 
 from hetero_glm5.core import UserError
-from hetero_glm5.demo.random_checkpoint import quantise_fp8, serve_config, tiny_config, write_checkpoint
+from hetero_glm5.demo.random_checkpoint import serve_config, tiny_config, write_checkpoint
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.weights.names import expected_tensors, scale_shape
+from hetero_glm5.weights.quantize import quantize_fp8
 
 SMALL = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
 
@@ -110,7 +111,7 @@ def test_fp8_has_scales_where_glm5_has_them(checkpoints):
 
 def test_fp8_blocks_follow_the_definition():
     weight = torch.randn(130, 300, generator=torch.Generator().manual_seed(0))
-    codes, scale = quantise_fp8(weight)
+    codes, scale = quantize_fp8(weight)
     assert scale.shape == (2, 3)
     for row in range(2):
         for column in range(3):

@@ -85,6 +85,7 @@ FLAGS = {
     "more experts than there are": ({"kt_num_gpu_experts": 17}, ["17", "16"]),
     "a pool beyond memory": ({"max_total_tokens": 10**12}, ["KV pool", "budget", "--max-total-tokens"]),
     "no room for one page": ({"mem_fraction_static": 1e-9}, ["dense weights", "--mem-fraction-static"]),
+    "a longer context than the pool": ({"context_length": 2000, "max_total_tokens": 512}, ["2000", "512 tokens"]),
     "a longer context than the model's": ({"context_length": 10**6}, ["1000000", "4096"]),
     "FP8 experts of another checkpoint": ({"kt_method": "FP8"}, ["FP8", "BF16"]),
     "a format not built": ({"kt_method": "INT4"}, ["INT4", "not built"]),
@@ -109,6 +110,7 @@ REQUESTS = {
     "an empty prompt": ([], {}, ["empty"]),
     "a token beyond the vocabulary": ([1, 512], {}, ["512", "511"]),
     "a prompt too long": ([1] * 64, {}, ["64 tokens", "--max-total-tokens"]),
+    "half a token": ([1.5, 2], {}, ["1.5", "whole"]),
     "an answer too long": ([1] * 30, {"max_tokens": 35}, ["35", "leaves 34"]),
 }
 
@@ -131,6 +133,7 @@ def test_requests_that_cannot_be_served_leave_the_engine_serving(source, name):
         ({"top_p": 0}, "top_p is 0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"min_tokens": 3, "max_tokens": 2}, "min_tokens is 3.*max_tokens"),
         ({"stop": ("",)}, "stop"),
         ({"seed": -1}, "seed is -1"),
     ],
@@ -139,3 +142,19 @@ def test_sampling_parameters_out_of_range(values, words):
     with pytest.raises(RequestError, match=words) as error:
         SamplingParams(**values)
     assert error.value.param == next(iter(values))
+
+
+def test_logits_that_fail_leave_nothing_behind(source):
+    with LLM(str(source), device="cpu", max_total_tokens=64) as llm:
+        forward, llm.engine.runner.forward = llm.engine.runner.forward, None
+        with pytest.raises(TypeError):
+            llm.logits([1, 2, 3])
+        llm.engine.runner.forward = forward
+        assert not llm.engine.busy and llm.logits([1, 2, 3]).shape == (3, 512)
+
+
+@pytest.mark.parametrize("context", [1, 7, 100])
+def test_a_context_that_is_no_multiple_of_the_page_is_served_whole(source, context):
+    with LLM(str(source), device="cpu", context_length=context + 1, max_running_requests=1, page_size=64) as llm:
+        assert llm.engine.context_length == context + 1
+        assert len(llm.generate([[1] * context], SamplingParams(ignore_eos=True))[0].token_ids) == 1

@@ -10,6 +10,7 @@ from tiny import tiny_checkpoint
 
 from hetero_glm5 import _C
 from hetero_glm5.core import SamplingParams, UserError
+from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.llm import LLM
 
 PROMPTS = [random_ids(30, seed=1), random_ids(5, seed=2), random_ids(61, seed=3)]
@@ -74,9 +75,21 @@ def test_batch_mates(folder, plain):
     assert generate(folder, PROMPTS[::-1]) == plain[::-1]
 
 
-def test_preemption(folder, plain):
+def test_preemption(folder, plain, monkeypatch):
     """A pool that holds only one and a half of the sequences: they are preempted and computed again."""
+    preempted = []
+    preempt = Scheduler._preempt
+    monkeypatch.setattr(Scheduler, "_preempt", lambda self, seq: (preempted.append(seq), preempt(self, seq)))
     assert generate(folder, max_total_tokens=120) == plain
+    assert preempted
+
+
+def test_overlapping_tiers(folder, plain):
+    """As with a GPU: the host part is submitted, the device part runs meanwhile."""
+    flags = {"max_total_tokens": 512, "latent_norm_eps": LATENT_EPS, "kt_num_gpu_experts": 5}
+    with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
+        llm.engine.runner.experts.overlap = True
+        assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == plain
 
 
 def test_cache_slots_are_written_before_they_are_read(folder, plain):

@@ -44,7 +44,7 @@ def test_draws_follow_the_distribution(params):
 
 
 def test_extremes_leave_the_best_token():
-    for params in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}):
+    for params in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}, {"temperature": 1e-44}):
         assert {draw(LOGITS, sequence(i + 1, seed=3, **params)) for i in range(50)} == {1}
 
 
@@ -66,3 +66,24 @@ def test_a_batch_mixes_rows_that_draw_and_rows_that_do_not():
     logits = torch.stack([LOGITS, torch.full((6,), float("nan")), LOGITS])
     tokens = sample(logits, Batch(chunks))
     assert tokens == [1, None, INVALID_TOKEN, draw(LOGITS, seeded)]
+
+
+@pytest.mark.parametrize("few", [1, 2, 6])
+def test_a_few_candidates_are_enough_or_all_are_sorted(monkeypatch, few):
+    monkeypatch.setattr("hetero_glm5.engine.sampler.FEW", few)
+    seqs = [sequence(position=i + 1, seed=2, top_p=0.7) for i in range(200)]
+    drawn = [draw(LOGITS, seq) for seq in seqs]
+    monkeypatch.undo()
+    assert drawn == [draw(LOGITS, seq) for seq in seqs] and len(set(drawn)) > 1
+
+
+def test_before_min_tokens_no_end_token_is_drawn():
+    for params in ({"temperature": 0.0}, {"seed": 1, "top_k": 2}):
+        early, late, ignoring = (
+            Sequence([0] * 3, SamplingParams(min_tokens=least, stop_token_ids=(3,), ignore_eos=ignore, **params), 1)
+            for least, ignore in ((3, False), (2, False), (3, True))
+        )
+        batch = Batch([Chunk(seq, 3) for seq in (early, late, ignoring)])
+        best = sample(torch.stack([LOGITS] * 3), batch, eos=(1,))
+        assert best[0] in (5, 0), "neither eos 1 nor stop token 3"
+        assert best[1] in (1, 3) and best[2] in (1, 5)

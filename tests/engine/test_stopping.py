@@ -51,7 +51,6 @@ def test_end_tokens():
     assert run([1, 2, EOS, 3]) == (["b", "c", ""], "stop")
     assert run([1, EOS, 2], ignore_eos=True) == (["b", "a", "c"], None)
     assert run([1, 4, 2], stop_token_ids=(4,)) == (["b", ""], "stop")
-    assert run([1, EOS, 2, EOS], min_tokens=3) == (["b", "a", "c", ""], "stop")
     assert run([1, EOS], tokenizer=None) == (["", ""], "stop")
 
 

@@ -6,7 +6,14 @@ from hetero_glm5.core import UserError
 from hetero_glm5.placement.memory import GIB, Limits, Needs, host_experts_fit, plan_memory
 
 # GLM-5 in BF16 with FP8 experts, 30 of 256 on the device (glm5.md 4 and 5).
-NEEDS = Needs(dense=38_270_000_000, expert=37_765_120, device_experts=30 * 75, host_experts=226 * 75, kv_token=109_824)
+NEEDS = Needs(
+    dense=38_270_000_000,
+    expert=37_765_120,
+    device_experts=30 * 75,
+    host_experts=226 * 75,
+    activations=GIB,
+    kv_token=109_824,
+)
 
 
 def plan(device, host, needs=NEEDS, wanted=None, shared=False):
@@ -15,7 +22,7 @@ def plan(device, host, needs=NEEDS, wanted=None, shared=False):
 
 
 def test_the_pool_takes_what_is_left_in_whole_pages():
-    fixed = NEEDS.dense + NEEDS.device_experts * NEEDS.expert
+    fixed = NEEDS.dense + NEEDS.device_experts * NEEDS.expert + NEEDS.activations
     tokens = plan(140, 768).kv_tokens
     assert tokens % 64 == 0
     assert fixed + tokens * NEEDS.kv_token <= 140 * GIB * 0.9 < fixed + (tokens + 64) * NEEDS.kv_token
@@ -60,7 +67,7 @@ def test_host_experts_fit_exactly_if_a_plan_can_be_made_with_them(shared, wanted
     for size in range(500, 900, 10):
         host = 768 if shared else size
         limits = Limits(device=size * GIB, host=host * GIB, shared=shared, fraction=0.9)
-        fit = host_experts_fit(NEEDS, limits, wanted_tokens=wanted, page=64)
+        fit = host_experts_fit(NEEDS, limits, tokens=wanted or 1, page=64)
         try:
             plan(size, host, wanted=wanted, shared=shared)
         except UserError:

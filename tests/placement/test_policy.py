@@ -18,6 +18,7 @@ def test_every_strategy_spends_its_budget(strategy, budget):
 def test_uniform_gives_layers_the_same_and_front_loading_fills_them():
     assert policy.uniform(4, 8, 10).sum(1).tolist() == [3, 3, 2, 2]
     assert policy.front_loading(4, 8, 10).sum(1).tolist() == [8, 2, 0, 0]
+    assert policy.uniform(0, 8, 0).shape == (0, 8), "a model without MoE layers"
     assert len(set(policy.random(40, 8, 160).sum(1).tolist())) > 1
 
 

@@ -53,6 +53,12 @@ class FakeEngine:
         if self.running.pop(seq, None) is not None:
             self.aborted.append(seq)
 
+    def fail_step(self, message: str) -> list[TokenEvent]:
+        failed = list(self.running)
+        for seq in failed:
+            self.abort(seq)
+        return [TokenEvent(seq, None, "", "error", message) for seq in failed]
+
     def step(self) -> list[TokenEvent]:
         self.before_step()
         events = []

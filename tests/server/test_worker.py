@@ -8,7 +8,7 @@ import pytest
 
 from hetero_glm5.core import QueueFull, RequestError, SamplingParams, UserError
 from hetero_glm5.server.errors import GenerationFailed, NotReady
-from hetero_glm5.server.worker import EngineWorker
+from hetero_glm5.server.worker import MAX_FAILURES, EngineWorker
 
 PARAMS = SamplingParams(max_tokens=5)
 
@@ -93,6 +93,29 @@ def test_a_failing_step_fails_its_requests_and_serves_on(fake_engine, caplog):
         engine.before_step = lambda: None
         assert await text_of(worker, [1]) == "".join(engine.answer([1])[:5])
         await worker.stop()
+
+    asyncio.run(main())
+
+
+def test_steps_that_keep_failing_end_the_worker(fake_engine):
+    """A device that is lost fails every step: a server that goes on saying ok would be worse than none."""
+
+    async def main():
+        engine = fake_engine()
+
+        def lost():
+            raise RuntimeError("device lost")
+
+        failed = asyncio.Event()
+        worker = await started(engine, on_failure=failed.set)
+        for _ in range(MAX_FAILURES - 1):
+            engine.before_step = lost
+            with pytest.raises(GenerationFailed, match="while computing this request: RuntimeError: device lost"):
+                await text_of(worker, [1])
+        with pytest.raises(GenerationFailed, match="The engine ended: RuntimeError: device lost"):
+            await text_of(worker, [1])
+        await asyncio.wait_for(failed.wait(), 5)
+        assert worker.state == "failed"
 
     asyncio.run(main())
 

@@ -1,7 +1,8 @@
 import pytest
 from shapes import GLM5
 
-from hetero_glm5.model_config import ModelConfig
+from hetero_glm5 import _C
+from hetero_glm5.model_config import FP8_BLOCK, ModelConfig
 from hetero_glm5.weights.names import expected_tensors, scale_shape
 
 
@@ -21,6 +22,10 @@ def test_the_mtp_layer_has_791_tensors_and_the_model_744_billion_parameters():
     assert len(whole) - len(model) == 791
     count = sum(spec.shape[0] * (spec.shape[1] if len(spec.shape) > 1 else 1) for spec in model.values())
     assert round(count / 1e9, 3) == 743.911
+
+
+def test_python_and_the_extension_mean_the_same_blocks():
+    assert FP8_BLOCK == _C.FP8_BLOCK
 
 
 def test_scale_grids_are_rounded_up():

@@ -1,0 +1,52 @@
+import pytest
+from tiny import tiny_checkpoint
+
+from hetero_glm5.config import EngineConfig
+from hetero_glm5.core import SamplingParams
+from hetero_glm5.engine.engine import Engine
+
+FOUR = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture
+def engine(checkpoints):
+    folder = str(tiny_checkpoint(checkpoints))
+    engine = Engine.load(EngineConfig(model=folder, device="cpu", max_running_requests=1, max_total_tokens=256))
+    yield engine
+    engine.close()
+
+
+def drain(engine: Engine):
+    events = []
+    while engine.busy:
+        events += engine.step()
+    return events
+
+
+def test_a_step_that_fails_ends_its_own_sequences_only(engine):
+    running, waiting = engine.add([1, 2, 3], FOUR), engine.add([4, 5], FOUR)
+    engine.step()
+    forward, engine.runner.forward = engine.runner.forward, lambda batch, clock: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    events = engine.fail_step("no luck")
+    assert [(event.seq, event.finish_reason, event.error) for event in events] == [(running, "error", "no luck")]
+    engine.runner.forward = forward
+    drain(engine)
+    assert waiting.finish_reason == "length" and len(waiting.output) == 4
+    assert engine.scheduler.pages.num_free == engine.scheduler.pages.num_pages
+
+
+def test_aborts_are_final_wherever_the_sequence_is(engine):
+    running, waiting, last = (engine.add([1, 2, 3], FOUR) for _ in range(3))
+    engine.step()
+    for seq in (running, waiting, running):
+        engine.abort(seq)
+    events = drain(engine)
+    assert {event.seq for event in events} == {last} and last.finish_reason == "length"
+    assert running.finish_reason == waiting.finish_reason == "abort"
+    assert engine.scheduler.pages.num_free == engine.scheduler.pages.num_pages
+
+
+def test_an_idle_engine_steps_for_nothing(engine):
+    assert not engine.busy and engine.step() == []
