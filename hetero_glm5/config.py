@@ -120,7 +120,7 @@ class EngineConfig(Flags):
         if self.kt_gpu_experts_ratio is not None and not self.kt_gpu_experts_ratio <= 1:
             raise ConfigError(f"--kt-gpu-experts-ratio is {self.kt_gpu_experts_ratio}; it must lie between 0 and 1.")
         threshold = self.kt_gpu_prefill_token_threshold
-        if threshold != "auto" and not threshold.isdigit():
+        if threshold != "auto" and not (threshold.isascii() and threshold.isdigit()):
             raise ConfigError(f"--kt-gpu-prefill-token-threshold is {threshold!r}; it must be a number, auto or 0.")
         if self.kt_expert_placement_strategy == "frequency" and self.init_expert_location is None:
             raise ConfigError(

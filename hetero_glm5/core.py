@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+MOST_STOPS, MOST_STOP_CHARACTERS, MOST_STOP_IDS = 64, 1000, 1024
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -51,9 +53,16 @@ class SamplingParams:
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name, value, kind in (("stop", stop, str), ("stop_token_ids", self.stop_token_ids, int)):
+            if not isinstance(value, list | tuple) or any(type(v) is not kind for v in value):
+                raise RequestError(f"{name} is {value!r}; it must be a list of {kind.__name__}.", name)
+            object.__setattr__(self, name, tuple(value))
+        for name, optional in (("max_tokens", True), ("seed", True), ("top_k", False), ("min_tokens", False)):
+            value = getattr(self, name)
+            self._check(name, type(value) is int or (optional and value is None), "a whole number")
+        for name in ("temperature", "top_p"):
+            self._check(name, type(getattr(self, name)) in (int, float), "a number")
         self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
         self._check("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100")
         self._check("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
@@ -62,7 +71,17 @@ class SamplingParams:
         fits = self.max_tokens is None or self.min_tokens <= self.max_tokens
         self._check("min_tokens", self.min_tokens >= 0 and fits, f"between 0 and {most}")
         self._check("seed", self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1")
-        self._check("stop", all(self.stop), "without empty strings")
+        if len(self.stop) > MOST_STOPS or any(not 1 <= len(s) <= MOST_STOP_CHARACTERS for s in self.stop):
+            raise RequestError(
+                f"stop has {len(self.stop)} strings; at most {MOST_STOPS} of 1 to {MOST_STOP_CHARACTERS} characters "
+                "can be used.",
+                "stop",
+            )
+        if len(self.stop_token_ids) > MOST_STOP_IDS:
+            raise RequestError(
+                f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MOST_STOP_IDS} can be used.",
+                "stop_token_ids",
+            )
 
     def _check(self, name: str, ok: bool, limit: str) -> None:
         if not ok:  # NaN fails every comparison and lands here too

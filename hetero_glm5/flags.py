@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import field
 from typing import Any, TypeVar
@@ -67,14 +68,28 @@ def nearest_flag(unknown: str, known: list[str]) -> str:
     return f"unknown flag {unknown.split('=')[0]}{hint}"
 
 
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _fits(value: Any, kind: type, many: bool) -> bool:
+    if many:
+        return isinstance(value, tuple) and all(_fits(v, kind, False) for v in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
+
+
 class Flags:
     """Checks that every flag class shares: choices and lower bounds."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value, meta, name = getattr(self, f.name), f.metadata, _spellings(f)[0]
-            if value is None:
+            if value is None and f.default is None:
                 continue
+            kind, many = _kind(type(self), f)
+            if not _fits(value, kind, many):
+                raise ConfigError(f"{name} is {value!r}; it must be {_KINDS[kind]}{' (several)' if many else ''}.")
             if meta["choices"] and value not in meta["choices"]:
                 close = difflib.get_close_matches(str(value), meta["choices"], n=1)
                 hint = f"; did you mean {close[0]}?" if close else "."

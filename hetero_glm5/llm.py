@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hetero_glm5.config import EngineConfig
-from hetero_glm5.core import FinishReason, RequestError, SamplingParams, Sequence
+from hetero_glm5.core import FinishReason, RequestError, SamplingParams, Sequence, UserError
 from hetero_glm5.engine.engine import Engine
 from hetero_glm5.flags import ConfigError, nearest_flag
 from hetero_glm5.model_config import ModelConfig
@@ -37,7 +41,9 @@ class LLM:
     def __init__(
         self, path: str, *, device: str = "auto", dtype: str = "bfloat16", skip_tokenizer: bool = False, **flags: Any
     ):
-        known = [f.name for f in dataclasses.fields(EngineConfig)]
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigError(f"path is {path!r}; it must be a checkpoint folder.")
+        known = [f.name for f in dataclasses.fields(EngineConfig) if f.name not in ("model", "device", "dtype")]
         for name in flags:
             if name not in known:
                 raise ConfigError(nearest_flag(name, known))
@@ -45,6 +51,8 @@ class LLM:
         self.tokenizer = None if skip_tokenizer else Tokenizer.from_folder(path)
         config = EngineConfig(model=str(path), device=device, dtype=dtype, **flags)
         self.engine = Engine.load(config, tokenizer=self.tokenizer)
+        self._closed = False
+        self._turn = threading.Lock()
 
     def generate(
         self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None = None
@@ -53,9 +61,13 @@ class LLM:
         or one for each. Raises RequestError."""
         many = _as_list(prompts)
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(many)
-        if len(each) != len(many):
-            raise RequestError(f"{len(many)} prompts but {len(each)} sampling params.", "params")
+        if len(each) != len(many) or not all(isinstance(p, SamplingParams) for p in each):
+            raise RequestError(f"{len(many)} prompts need one SamplingParams, or a list of {len(many)}.", "params")
         todo = deque((self._encode(prompt), p) for prompt, p in zip(many, each, strict=True))
+        with self._alone():
+            return self._generate(todo)
+
+    def _generate(self, todo: deque[tuple[list[int], SamplingParams]]) -> list[Output]:
         seqs: list[Sequence] = []
         texts: dict[int, str] = {}
         try:
@@ -81,17 +93,31 @@ class LLM:
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """fp32 [T, vocab]: the logits after every token, computed through the engine's own chunked path."""
-        seq = self.engine.add(token_ids, SamplingParams(max_tokens=1, temperature=0.0), logits=True)
+        with self._alone():
+            seq = self.engine.add(token_ids, SamplingParams(max_tokens=1, temperature=0.0), logits=True)
+            try:
+                while not seq.finished:
+                    for event in self.engine.step():
+                        if event.error is not None:
+                            raise RuntimeError(event.error)
+            finally:
+                self.engine.abort(seq)  # does nothing to a finished one
+            return torch.cat(seq.logits or [])
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One thread drives an engine, and only while it is open."""
+        if self._closed:
+            raise UserError("this LLM is closed; make a new one.")
+        if not self._turn.acquire(blocking=False):
+            raise UserError("another thread is using this LLM; give it all prompts in one call, or use the server.")
         try:
-            while not seq.finished:
-                for event in self.engine.step():
-                    if event.error is not None:
-                        raise RuntimeError(event.error)
+            yield
         finally:
-            self.engine.abort(seq)  # does nothing to a finished one
-        return torch.cat(seq.logits or [])
+            self._turn.release()
 
     def close(self) -> None:
+        self._closed = True
         self.engine.close()
 
     def __enter__(self) -> LLM:
@@ -101,14 +127,20 @@ class LLM:
         self.close()
 
     def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt  # the engine checks the ids
         if not isinstance(prompt, str):
-            return prompt
+            raise RequestError(f"a prompt is {prompt!r}; it must be text or a list of token ids.", "prompt")
         if self.tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer; this LLM was made with skip_tokenizer=True.", "prompt")
         return self.tokenizer.encode(prompt)
 
 
-def _as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+def _as_list(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str) or (isinstance(prompts, list) and prompts and type(prompts[0]) is int):
+        return [prompts]
+    if not isinstance(prompts, list):
+        raise RequestError(
+            f"prompts is {type(prompts).__name__}; it must be text, token ids, or a list of them.", "prompt"
+        )
+    return prompts

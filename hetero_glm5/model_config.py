@@ -6,7 +6,6 @@ A missing or unsupported value is one sentence that names the file, the key, the
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,17 @@ from hetero_glm5.flags import ConfigError
 
 MODEL_TYPE = "glm_moe_dsa"
 FP8_BLOCK = 128
+LARGEST = 1e9  # of any number in config.json; no dimension or constant comes near
+MOST_LAYERS = 1000
+MOST_EXPERTS = 10_000
 
 
 class _Reader:
     """Reads keys of one JSON object; every complaint names the file and the key."""
 
-    def __init__(self, data: dict[str, Any], where: str):
+    def __init__(self, data: Any, where: str):
+        if not isinstance(data, dict):
+            raise ConfigError(f"{where} is {data!r}; it must be a JSON object.")
         self.data, self.where = data, where
 
     def need(self, kind: type, key: str, minimum: float = 1) -> Any:
@@ -32,12 +36,12 @@ class _Reader:
         value: Any = self.data.get(key)
         if value is None:
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST:
             value = float(value)
         if not _is_a(kind, value):
             raise ConfigError(f'{self.where}: "{key}" is {value!r}; it must be {kind.__name__}.')
-        if kind in (int, float) and not (math.isfinite(value) and value >= minimum):
-            raise ConfigError(f'{self.where}: "{key}" is {value}; it must be at least {minimum}.')
+        if kind in (int, float) and not minimum <= value < LARGEST:  # NaN too
+            raise ConfigError(f'{self.where}: "{key}" is {value}; it must be between {minimum} and {LARGEST:g}.')
         return value
 
     def only(self, key: str, *allowed: Any) -> None:
@@ -173,6 +177,14 @@ class ModelConfig:
         def refuse(sentence: str) -> None:
             raise ConfigError(f"{where}: {sentence}")
 
+        if self.num_hidden_layers > MOST_LAYERS or self.n_routed_experts > MOST_EXPERTS:
+            refuse(
+                f"{self.num_hidden_layers} layers of {self.n_routed_experts} experts; at most {MOST_LAYERS} of "
+                f"{MOST_EXPERTS} can be served."
+            )
+        wrong = [i for i in self.eos_token_ids if i >= self.vocab_size]
+        if wrong:
+            refuse(f"eos_token_id {wrong[0]} lies outside the vocabulary of {self.vocab_size}.")
         if self.qk_rope_head_dim % 2:
             refuse(f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary pairs need an even number.")
         if self.index_head_dim < self.qk_rope_head_dim:
@@ -222,13 +234,17 @@ def _rope_theta(r: _Reader) -> float:
         return r.need(float, "rope_theta")
     inner = _Reader(rope, f"{r.where}: rope_parameters")
     inner.only("rope_type", "default")
+    inner.only("partial_rotary_factor", 1.0)
+    unknown = sorted(rope.keys() - {"rope_type", "rope_theta", "partial_rotary_factor"})
+    if unknown:
+        raise ConfigError(f'{inner.where} holds "{unknown[0]}"; only rope_theta and rope_type "default" are supported.')
     return inner.need(float, "rope_theta")
 
 
 def _token_ids(r: _Reader, key: str) -> tuple[int, ...]:
     value = r.data.get(key)
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not all(type(i) is int and i >= 0 for i in ids):
         raise ConfigError(f'{r.where}: "{key}" is {value!r}; it must be a token id or a list of them.')
     return ids
 
@@ -251,6 +267,8 @@ def _indexer_types(r: _Reader, layers: int) -> tuple[str, ...]:
         return r.schedule("indexer_types", explicit, layers, ("full", "shared"))
     pattern = r.data.get("index_topk_pattern")
     if pattern is not None:
+        if not isinstance(pattern, str):
+            raise ConfigError(f'{r.where}: "index_topk_pattern" is {pattern!r}; it must be text of F and S.')
         letters = {"F": "full", "S": "shared"}
         return r.schedule("index_topk_pattern", [letters.get(c, c) for c in pattern], layers, ("full", "shared"))
     freq, offset = r.get(int, "index_topk_freq", 1), r.get(int, "index_skip_topk_offset", 2, 0)
@@ -271,10 +289,12 @@ def _is_fp8(r: _Reader) -> bool:
 def read_json(path: Path, otherwise: str) -> dict[str, Any]:
     """The JSON object in `path`. Raises ConfigError beginning with `otherwise` when there is none."""
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no regular file.")
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{otherwise}: {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no valid JSON: {error}.") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}, not a JSON object.")

@@ -52,6 +52,8 @@ def test_the_cards_command_parses_and_says_what_has_no_effect(device):
         ("--mem-fraction-static 1.5", ["--mem-fraction-static", "1.5"]),
         ("--kt-gpu-experts-ratio 2", ["--kt-gpu-experts-ratio", "2"]),
         ("--kt-gpu-prefill-token-threshold many", ["many", "number"]),
+        ("--kt-gpu-prefill-token-threshold ²", ["²", "number"]),
+        ("--latent-norm-eps inf", ["--latent-norm-eps", "inf"]),
         ("--tensor-parallel-size 8", ["8", "Use 1"]),
         ("--kt-method AMXINT4", ["AMXINT4", "BF16"]),
         ("--kt-method BF15", ["BF15", "did you mean BF16"]),
@@ -91,6 +93,24 @@ def test_flags_that_this_model_or_machine_refuses(flags, overrides, machine, wor
     with pytest.raises(ConfigError) as error:
         engine.resolve(model(**overrides), **(MACHINE | machine))
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kt_cpuinfer": "2"},
+        {"kt_cpuinfer": 2.5},
+        {"max_total_tokens": 100.0},
+        {"enable_mixed_chunk": "no"},
+        {"device": None},
+        {"kt_numa_nodes": 0},
+        {"mem_fraction_static": "0.5"},
+        {"init_expert_location": 5},
+    ],
+)
+def test_values_of_another_type_are_refused(values):
+    with pytest.raises(ConfigError, match="it must be"):
+        EngineConfig(**values)
 
 
 def test_auto_method_follows_dtype_and_checkpoint():

@@ -52,7 +52,7 @@ def test_a_missing_key_is_named(key):
         ({"attention_bias": True}, "attention_bias.*true"),
         ({"hidden_size": "256"}, "hidden_size.*'256'"),
         ({"hidden_size": True}, "hidden_size.*True"),
-        ({"hidden_size": 0}, "hidden_size.*at least 1"),
+        ({"hidden_size": 0}, "hidden_size.*between 1"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"qk_rope_head_dim": 33}, "even"),
         ({"index_head_dim": 16}, "index_head_dim 16"),
@@ -65,6 +65,17 @@ def test_a_missing_key_is_named(key):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "yarn"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_theta"),
         ({"rope_scaling": {"factor": 4}}, "rope_scaling"),
+        ({"rope_parameters": "x"}, "rope_parameters is 'x'"),
+        ({"rope_parameters": {"rope_theta": 1e6, "factor": 2}}, "factor"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"quantization_config": [1]}, r"quantization_config is \[1\]"),
+        ({"index_topk_pattern": 5}, "index_topk_pattern"),
+        ({"hidden_size": 10**400}, "hidden_size"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"num_hidden_layers": 10**6, "indexer_types": None}, "1000000 layers.*at most 1000"),
+        ({"n_routed_experts": 10**8}, "100000000 experts"),
+        ({"eos_token_id": True}, "eos_token_id"),
+        ({"eos_token_id": [5000]}, "5000 lies outside the vocabulary of 512"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers"),
         ({"n_shared_experts": 2}, "n_shared_experts"),
@@ -91,6 +102,9 @@ def test_files_that_are_no_config(tmp_path):
     with pytest.raises(ConfigError, match="not a checkpoint"):
         ModelConfig.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="no valid JSON"):
+        ModelConfig.load(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 200_000)
     with pytest.raises(ConfigError, match="no valid JSON"):
         ModelConfig.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps([1]))

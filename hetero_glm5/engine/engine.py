@@ -94,6 +94,9 @@ class Engine:
                 f"length {self.context_length}.",
                 "max_tokens",
             )
+        wrong = [t for t in params.stop_token_ids if not 0 <= t < vocab]
+        if wrong:
+            raise RequestError(f"stop_token_ids holds {wrong[0]}; ids lie between 0 and {vocab - 1}.", "stop_token_ids")
         if params.stop and self.scheduler.stopping.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids.", "stop")
 

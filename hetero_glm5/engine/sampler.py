@@ -16,6 +16,7 @@ from hetero_glm5.engine.scheduler import INVALID_TOKEN
 FEW = 1024
 
 
+@torch.inference_mode()
 def sample(logits: Tensor, batch: Batch, eos: tuple[int, ...] = ()) -> list[int | None]:
     """A token for each chunk of the batch, None where none is due, INVALID_TOKEN where the logits are not finite. The
     logits, fp32 [rows that draw, vocab], are changed where a sequence may not end yet (min_tokens)."""

@@ -64,18 +64,20 @@ class CpuExperts:
 
         ValueError on a wrong shape or dtype, and on an id that is outside -1..E-1 or not resident.
         """
-        y = self._output(x)
-        self._c.forward(*_arrays(x, topk_ids, topk_weights), y.numpy())
+        arrays, y = _arrays(x, topk_ids, topk_weights), self._output(x)
+        self._c.forward(*arrays, y.numpy())
         return y
 
     def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Ticket:
         """The same on the queue thread. The inputs are kept alive and must not be written before wait() returns."""
-        y = self._output(x)
-        return Ticket(self._c.submit(*_arrays(x, topk_ids, topk_weights), y.numpy()), y)
+        arrays, y = _arrays(x, topk_ids, topk_weights), self._output(x)
+        return Ticket(self._c.submit(*arrays, y.numpy()), y)
 
     def _output(self, x: Tensor) -> Tensor:
         return torch.empty((x.shape[0], self.packed.layout.hidden), dtype=torch.float32)
 
 
 def _arrays(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if x.dim() != 2 or x.dtype not in (torch.float32, torch.bfloat16):  # the extension sees bfloat16 as int16
+        raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}, must be float32 or bfloat16 [tokens, hidden]")
     return host_array("x", x), host_array("topk_ids", topk_ids), host_array("topk_weights", topk_weights)

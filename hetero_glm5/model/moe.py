@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from hetero_glm5.core import UserError
 from hetero_glm5.model.state import Clocked, Rows, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
@@ -41,6 +42,8 @@ class MoE:
         self.config, self.layer = config, layer
         self.gate = weights(f"{prefix}gate.weight")  # [E, hidden], fp32
         self.bias = weights(f"{prefix}gate.e_score_correction_bias")  # [E], fp32
+        if not self.bias.isfinite().all():
+            raise UserError(f"{prefix}gate.e_score_correction_bias is not finite; routing needs it. Fetch it again.")
         self.shared = SharedExpert(weights, f"{prefix}shared_experts.")
 
     def __call__(self, x: Tensor, rows: Rows, experts: Experts) -> Tensor:

@@ -92,8 +92,8 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
         ]
         raise UserError(
             f"memory: {' + '.join(parts)} = {_gib(fixed + wanted * needs.kv_token)}, but the budget is {_gib(budget)} "
-            f"({limits.fraction} of {_gib(limits.device)}). Lower --max-total-tokens, --chunked-prefill-size or "
-            "--kt-num-gpu-experts, or raise --mem-fraction-static."
+            f"({limits.fraction} of {_gib(limits.device)}). Lower --max-total-tokens (one page at least, --page-size "
+            f"{page}), --chunked-prefill-size or --kt-num-gpu-experts, or raise --mem-fraction-static."
         )
     return MemoryPlan(needs, limits, tokens)
 

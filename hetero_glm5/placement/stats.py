@@ -23,9 +23,9 @@ def load_counts(path: str, moe_layers: tuple[int, ...], num_layers: int, experts
     Raises UserError."""
     data = _read(path)
     counts = data.get(KEY) if isinstance(data, dict) else None
-    if not isinstance(counts, torch.Tensor) or counts.dim() < 2:
-        raise UserError(f'--init-expert-location {path} has no tensor "{KEY}" of shape [..., layers, experts].')
-    totals = counts.double().reshape(-1, *counts.shape[-2:]).sum(0).numpy()
+    if not isinstance(counts, torch.Tensor) or not _is_plain(counts):
+        raise UserError(f'--init-expert-location {path} has no real tensor "{KEY}" of shape [..., layers, experts].')
+    totals = counts.detach().double().reshape(-1, *counts.shape[-2:]).sum(0).numpy()
     if totals.shape == (num_layers, experts):
         totals = totals[list(moe_layers)]
     if totals.shape != (len(moe_layers), experts):
@@ -36,6 +36,11 @@ def load_counts(path: str, moe_layers: tuple[int, ...], num_layers: int, experts
     if not np.isfinite(totals).all() or (totals < 0).any():
         raise UserError(f"--init-expert-location {path} holds negative or non-finite counts.")
     return totals
+
+
+def _is_plain(counts: torch.Tensor) -> bool:
+    here = counts.layout == torch.strided and counts.device.type == "cpu"
+    return here and counts.dim() >= 2 and not counts.is_complex() and not counts.is_quantized
 
 
 def _read(path: str) -> Any:

@@ -11,10 +11,12 @@ value = float(q) · scale. A tensor is FP8 exactly if its companion exists, what
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import threading
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -90,6 +92,9 @@ class Checkpoint:
             missing = [name for name in names if name not in header]
             if missing:
                 raise CheckpointError(f"{path} lacks {_some(missing)}, which the index places there.")
+            twice = [name for name in header if name in self.entries]
+            if twice:
+                raise CheckpointError(f"{path} holds {_some(twice)}, and so does {self.entries[twice[0]].path}.")
             self.entries |= header
         self._files = Files()
 
@@ -193,7 +198,7 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     """The safetensors files, each with the names that the index (if there is one) places in it."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.exists():
-        if single.exists():
+        if _is_file(single):
             return {single: []}
         raise CheckpointError(f"{folder} has neither model.safetensors.index.json nor model.safetensors.")
     weight_map = read_json(index, f"cannot read {index}").get("weight_map")
@@ -201,8 +206,10 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
         raise CheckpointError(f'{index} has no "weight_map" object of names and file names.')
     shards: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
+        if Path(file).name != file or not file:
+            raise CheckpointError(f"{index} places {name} in {file!r}; shards must be files of the same folder.")
         shards.setdefault(folder / file, []).append(name)
-    absent = [path.name for path in shards if not path.exists()]
+    absent = [path.name for path in shards if not _is_file(path)]
     if absent:
         raise CheckpointError(f"{folder} lacks {len(absent)} of its {len(shards)} shards: {_some(absent)}.")
     return shards
@@ -217,10 +224,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(f"{path} is no safetensors file, or is truncated ({size} bytes).")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
             metadata = dict(header.pop("__metadata__", {}))
             return {name: _entry(path, value, 8 + length) for name, value in header.items()}, metadata
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged safetensors header ({error}).") from error
 
 
@@ -228,7 +235,7 @@ def _checked_header(path: Path) -> dict[str, Entry]:
     entries, _ = read_header(path)
     size = path.stat().st_size
     for name, entry in entries.items():
-        values = torch.Size(entry.shape).numel()
+        values = math.prod(entry.shape)
         if entry.dtype in DTYPES and entry.num_bytes != values * DTYPES[entry.dtype].itemsize:
             raise CheckpointError(f"{path}: {name} is {entry.dtype} {entry.shape} but has {entry.num_bytes} bytes.")
         if entry.offset + entry.num_bytes > size:
@@ -236,12 +243,31 @@ def _checked_header(path: Path) -> dict[str, Entry]:
                 f"{path} is truncated: {name} ends at byte {entry.offset + entry.num_bytes}, the file at {size}. "
                 "Fetch the shard again."
             )
+    in_order = sorted(entries.items(), key=lambda item: item[1].offset)
+    for (name, entry), (next_name, next_entry) in pairwise(in_order):
+        if entry.offset + entry.num_bytes > next_entry.offset and next_entry.num_bytes:
+            raise CheckpointError(f"{path} has a damaged safetensors header ({name} and {next_name} overlap).")
     return entries
 
 
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return dict(pairs)
+
+
 def _entry(path: Path, value: dict, data: int) -> Entry:
-    first, last = value["data_offsets"]
-    return Entry(path, value["dtype"], tuple(value["shape"]), data + first, last - first)
+    (first, last), shape, dtype = value["data_offsets"], value["shape"], value["dtype"]
+    if not all(type(n) is int and n >= 0 for n in (first, last, *shape)) or type(dtype) is not str or first > last:
+        raise ValueError(f"{dtype!r}, shape {shape}, bytes {first} to {last}")
+    return Entry(path, dtype, tuple(shape), data + first, last - first)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _misfits(name: str, entry: Entry, spec: TensorSpec) -> list[str]:

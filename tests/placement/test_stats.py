@@ -26,6 +26,8 @@ def test_counts_of_all_layers_or_of_moe_layers(tmp_path, suffix, every_layer):
         ([1, 2], "logical_count"),
         ({"logical_count": COUNTS[..., :3]}, "5 layers of 3 experts"),
         ({"logical_count": -COUNTS}, "negative"),
+        ({"logical_count": COUNTS.to_sparse()}, "no real tensor"),
+        ({"logical_count": COUNTS * 1j}, "no real tensor"),
     ],
 )
 def test_files_that_do_not_fit(tmp_path, data, words):

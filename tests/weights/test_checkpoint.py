@@ -121,6 +121,47 @@ def test_damaged_files_are_named(tmp_path):
         Checkpoint(tmp_path)
 
 
+def shard(path, header: str, size: int = 64):
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + b"\0" * size)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        '{"w": {"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}}',
+        '{"w": {"dtype": "F32", "shape": "ab", "data_offsets": [0, 16]}}',
+        '{"w": {"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}}',
+        '{"w": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}',
+        '{"w": {"dtype": "F32", "shape": [4], "data_offsets": [0.0, 16.0]}}',
+        '{"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "w": 5}',
+        '{"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "v": {"dtype": "F32", "shape": [4], '
+        '"data_offsets": [8, 24]}}',
+        "[" * 100_000,
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, tensors):
+    shard(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match="model.safetensors has a damaged safetensors header"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "", ".", "x" * 5000, "/tmp/x", "folder"])
+def test_an_index_may_name_files_of_its_folder_only(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(CheckpointError, match="same folder|lacks 1 of its 1 shards"):
+        Checkpoint(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for i in (1, 2):
+        save_file({"w": torch.zeros(1), f"v{i}": torch.zeros(1)}, str(tmp_path / f"{i}.safetensors"))
+    index = {"weight_map": {"v1": "1.safetensors", "v2": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="2.safetensors holds w, and so does .*1.safetensors"):
+        Checkpoint(tmp_path)
+
+
 def test_an_index_that_promises_too_much(tmp_path):
     write(tmp_path, {"w": torch.zeros(1)})
     index = tmp_path / "model.safetensors.index.json"
