@@ -165,9 +165,12 @@ class EngineConfig(Flags):
         cores: int,
         numa_nodes: tuple[int, ...],
         packed_as: str | None = None,
+        fp8_experts: bool = False,
     ) -> tuple[EngineConfig, list[str]]:
-        """Settles every "auto" for this model and machine. packed_as: the method of the packed store at
-        --kt-weight-path, if it is one. (--kt-weight-mode is settled with the memory.)
+        """Settles every "auto" for this model and machine, but for --kt-weight-mode, which the memory settles.
+
+        packed_as: the method of the packed store at --kt-weight-path, if it is one. fp8_experts: whether the experts are
+        a checkpoint's, in FP8.
 
         Returns the settled config and one sentence for each flag that means something else, or nothing, here.
         """
@@ -175,7 +178,7 @@ class EngineConfig(Flags):
         if self.device == "cuda" and not cuda:
             raise ConfigError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver.")
         device = "cuda" if self.device != "cpu" and cuda else "cpu"
-        method = self._settle_method(model, packed_as, notes)
+        method = self._settle_method(packed_as, fp8_experts, notes)
         threads = min(self.kt_cpuinfer or cores, cores)
         if self.kt_cpuinfer > cores:
             notes.append(f"--kt-cpuinfer {self.kt_cpuinfer}: this process may use {cores} physical cores; using them.")
@@ -201,7 +204,7 @@ class EngineConfig(Flags):
         )
         return settled, notes
 
-    def _settle_method(self, model: ModelConfig, packed_as: str | None, notes: list[str]) -> str:
+    def _settle_method(self, packed_as: str | None, fp8_experts: bool, notes: list[str]) -> str:
         method = KT_METHODS[self.kt_method]
         if method not in ("auto", self.kt_method):
             notes.append(f"--kt-method {self.kt_method} means {method} here.")
@@ -218,11 +221,11 @@ class EngineConfig(Flags):
                 "Make one with hetero-glm5 quantize and name it with --kt-weight-path."
             )
         if method == "auto":
-            method = "FP32" if self.dtype == "float32" else "FP8" if model.fp8 else "BF16"
-        if method == "FP8" and not model.fp8:
+            method = "FP32" if self.dtype == "float32" else "FP8" if fp8_experts else "BF16"
+        if method == "FP8" and not fp8_experts:
             raise ConfigError(
-                "--kt-method FP8 takes the experts of an FP8 checkpoint as they are, and this checkpoint is not FP8. "
-                "Use auto or BF16, or the FP8 checkpoint."
+                f"--kt-method FP8 takes experts that are FP8 as they are; those in {self.kt_weight_path or self.model} "
+                "are not. Use auto or BF16, or the FP8 checkpoint."
             )
         return method
 
@@ -246,9 +249,7 @@ class EngineConfig(Flags):
             moves.append("--kt-gpu-prefill-token-threshold auto")
         if self.kt_enable_dynamic_expert_update:
             moves.append("--kt-enable-dynamic-expert-update")
-        why = (
-            "both tiers are the same memory" if device == "cpu" else "experts do not move while serving in this version"
-        )
+        why = "both tiers are the same memory" if device == "cpu" else "experts do not move in this version"
         notes += [f"{name} has no effect here: {why}." for name in moves]
         if self.attention_backend not in ("auto", "torch"):
             notes.append(f"--attention-backend {self.attention_backend}: attention runs in torch in this version.")

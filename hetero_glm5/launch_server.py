@@ -63,7 +63,12 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
         raise UserError(f"--host {host} cannot be used: {error.strerror}.") from error
-    listening = socket.socket(family, kind, protocol)
+    except UnicodeError as error:  # an empty or too long part between dots, or bytes that are no text
+        raise UserError(f"--host {host} cannot be used: it is no host name and no address.") from error
+    try:
+        listening = socket.socket(family, kind, protocol)
+    except OSError as error:  # such as an IPv6 address without IPv6
+        raise UserError(f"--host {host} cannot be used: {error.strerror}.") from error
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(address)

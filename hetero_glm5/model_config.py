@@ -94,7 +94,6 @@ class ModelConfig:
     num_nextn_predict_layers: int
     mlp_layer_types: tuple[str, ...]  # "dense" | "sparse"
     indexer_types: tuple[str, ...]  # "full" | "shared"
-    fp8: bool  # quantization_config says FP8 in 128x128 blocks; each tensor's own scale decides
 
     @property
     def qk_head_dim(self) -> int:
@@ -151,6 +150,7 @@ class ModelConfig:
         r.only("indexer_rope_interleave", True)
         r.only("n_shared_experts", 1)
         r.only("num_nextn_predict_layers", 0, 1)
+        _check_quantization(r)
         layers = r.need(int, "num_hidden_layers")
         eps = r.need(float, "rms_norm_eps", 0)
         config = cls(
@@ -168,7 +168,6 @@ class ModelConfig:
             num_nextn_predict_layers=r.get(int, "num_nextn_predict_layers", 0, 0),
             mlp_layer_types=_mlp_layer_types(r, layers),
             indexer_types=_indexer_types(r, layers),
-            fp8=_is_fp8(r),
         )
         config._check(where)
         return config
@@ -275,15 +274,15 @@ def _indexer_types(r: _Reader, layers: int) -> tuple[str, ...]:
     return tuple("full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(layers))
 
 
-def _is_fp8(r: _Reader) -> bool:
+def _check_quantization(r: _Reader) -> None:
+    """FP8 in 128x128 blocks, or nothing. Which tensors are FP8, each tensor's own scale says."""
     quantization = r.data.get("quantization_config")
     if quantization is None:
-        return False
+        return
     inner = _Reader(quantization, f"{r.where}: quantization_config")
     inner.only("quant_method", "fp8")
     inner.only("fmt", "e4m3")
     inner.only("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
-    return True
 
 
 def read_json(path: Path, otherwise: str) -> dict[str, Any]:

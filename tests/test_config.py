@@ -113,15 +113,15 @@ def test_values_of_another_type_are_refused(values):
         EngineConfig(**values)
 
 
-def test_auto_method_follows_dtype_and_checkpoint():
-    fp8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}
-    for line, overrides, method in [
-        ("", {}, "BF16"),
-        ("", fp8, "FP8"),
-        ("--dtype float32", fp8, "FP32"),
-        ("--kt-method FP8_BLOCK", fp8, "FP8"),
+def test_auto_method_follows_dtype_and_experts():
+    for line, fp8, method in [
+        ("", False, "BF16"),
+        ("", True, "FP8"),
+        ("--dtype float32", True, "FP32"),
+        ("--kt-method FP8_BLOCK", True, "FP8"),
+        ("--kt-method BF16", True, "BF16"),
     ]:
-        settled, _ = parse(line)[0].resolve(model(**overrides), **MACHINE)
+        settled, _ = parse(line)[0].resolve(model(), **MACHINE, fp8_experts=fp8)
         assert settled.kt_method == method
 
 

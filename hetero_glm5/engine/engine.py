@@ -52,6 +52,7 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Computes the next batch and returns an event for each sequence that got a token."""
+        self.batch = Batch([])  # should schedule() fail, no sequence is to blame
         batch = self.batch = self.scheduler.schedule()
         if not batch:
             return []
@@ -137,18 +138,19 @@ class Engine:
         machine = hardware.probe(gpu=config.device != "cpu")
         path = config.kt_weight_path
         store = ExpertStore(path) if path is not None and is_store(path) else None
-        config, notes = config.resolve(
-            model_config,
-            cuda=machine.cuda,
-            cores=machine.cores,
-            numa_nodes=machine.numa_nodes,
-            packed_as=store.layout.method if store else None,
-        )
-        for note in notes:
-            log.info(note)
         source = ModelWeights(model_config, config.model, experts=store or path, report=progress)
-        layout = ExpertLayout(config.kt_method, model_config.hidden_size, model_config.moe_intermediate_size)
         try:
+            config, notes = config.resolve(
+                model_config,
+                cuda=machine.cuda,
+                cores=machine.cores,
+                numa_nodes=machine.numa_nodes,
+                packed_as=store.layout.method if store else None,
+                fp8_experts=source.fp8_experts,
+            )
+            for note in notes:
+                log.info(note)
+            layout = ExpertLayout(config.kt_method, model_config.hidden_size, model_config.moe_intermediate_size)
             return cls._load(config, source, store.layout if store else layout, machine, tokenizer)
         finally:
             source.close()

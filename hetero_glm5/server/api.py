@@ -12,12 +12,13 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from hetero_glm5.config import ServerConfig
 from hetero_glm5.core import RequestError
-from hetero_glm5.server.errors import KNOWN, NotReady, UnknownModel, describe, error_body
+from hetero_glm5.server.errors import KNOWN, NotReady, UnknownModel, bug_body, describe, error_body
 from hetero_glm5.server.parsers import OutputParser
-from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, SamplingRequest, parse_request
+from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, R, SamplingRequest, parse_request
 from hetero_glm5.server.responses import Answer
 from hetero_glm5.server.streaming import (
     ChatCollector,
@@ -75,18 +76,20 @@ class Service:
         return _json(self._card())
 
     async def completions(self, request: Request) -> Response:
-        asked = parse_request(CompletionRequest, await self._body(request))
-        self._check_model(asked.model)
-        prompts = [
-            p if isinstance(p, list) else await asyncio.to_thread(self.tokenizer.encode, p) for p in asked.prompt
-        ]
+        asked = await self._asked(CompletionRequest, request)
+        if len(asked.prompt) > self.worker.max_queued:
+            raise RequestError(
+                f"this request has {len(asked.prompt)} prompts; at most {self.worker.max_queued} can wait "
+                "(--max-queued-requests). Send them in several requests.",
+                "prompt",
+            )
+        prompts = [p if isinstance(p, list) else await asyncio.to_thread(self._encode, p) for p in asked.prompt]
         return await self._answer(
             request, asked, prompts, TextCollector(prompts), Answer(self.model, "text_completion")
         )
 
     async def chat(self, request: Request) -> Response:
-        asked = parse_request(ChatRequest, await self._body(request))
-        self._check_model(asked.model)
+        asked = await self._asked(ChatRequest, request)
         text, prompt = await asyncio.to_thread(self._chat_prompt, asked)
         parser = OutputParser(
             thinking=text.rstrip().endswith("<think>"),
@@ -101,7 +104,17 @@ class Service:
         if tools is not None and self.config.tool_call_parser is None:
             raise RequestError("tools need a server started with --tool-call-parser glm47.", "tools")
         text = self.tokenizer.render_chat(messages, tools, **asked.template_kwargs)
-        return text, self.tokenizer.encode(text)
+        return text, self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, self.worker.context_length)
+
+    async def _asked(self, kind: type[R], request: Request) -> R:
+        """The request, with everything checked that needs no encoded prompt."""
+        asked = parse_request(kind, await self._body(request))
+        self._check_model(asked.model)
+        asked.sampling(self.defaults)
+        return asked
 
     async def _answer(
         self, request: Request, asked: SamplingRequest, prompts: list[list[int]], collector: Collector, answer: Answer
@@ -160,6 +173,7 @@ def create_app(service: Service) -> FastAPI:
     for kind in KNOWN:
         app.add_exception_handler(kind, _known_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _bug)
     return app
 
@@ -193,4 +207,9 @@ async def _http_error(request: Request, error: Any) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    return _json(error_body(f"Internal error: {type(error).__name__}: {error}", "server_error"), 500)
+    return _json(bug_body(error), 500)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """The client left while it sent its request: nobody reads this."""
+    return Response(status_code=499)

@@ -34,13 +34,15 @@ class ChatTemplate:
             self._templates = {name: environment.from_string(source) for name, source in sources.items()}
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{where}, line {error.lineno}: the chat template is no valid Jinja: {error}.") from error
+        except (RecursionError, SyntaxError, ValueError) as error:  # nested too deeply for Jinja or Python; no Unicode
+            raise UserError(f"{where}: the chat template cannot be compiled: {error}.") from error
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTemplate | None:
         """The template in chat_template.jinja or tokenizer_config.json; None when there is none. Raises UserError."""
         config_path, path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
         config = read_json(config_path, "the tokenizer's settings cannot be read") if config_path.exists() else {}
-        special = {name: _text_of(config[name]) for name in _SPECIAL if config.get(name) is not None}
+        special = {name: _text_of(config[name], name, config_path) for name in _SPECIAL if config.get(name) is not None}
         if path.exists():
             try:
                 return cls({"default": path.read_text(encoding="utf-8")}, special, str(path))
@@ -110,17 +112,25 @@ def _named_sources(source: Any, where: Path) -> dict[str, str]:
     """tokenizer_config.json holds one template, or a list of {"name", "template"}."""
     if isinstance(source, str):
         return {"default": source}
-    try:
-        named = {entry["name"]: entry["template"] for entry in source}
-    except (TypeError, KeyError) as error:
-        raise UserError(f'{where}: "chat_template" must be a text or a list of names and templates.') from error
+    entries = source if isinstance(source, list) else [None]
+    if not all(isinstance(e, dict) and _is_text(e.get("name")) and _is_text(e.get("template")) for e in entries):
+        raise UserError(f'{where}: "chat_template" must be a text or a list of {{"name": text, "template": text}}.')
+    named = {entry["name"]: entry["template"] for entry in entries}
     if "default" not in named:
-        raise UserError(f'{where}: "chat_template" has no template named default, only {", ".join(named)}.')
+        raise UserError(f'{where}: "chat_template" has no template named default; its names are [{", ".join(named)}].')
     return named
 
 
-def _text_of(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _text_of(token: Any, name: str, where: Path) -> str:
+    """A special token is written as a text, or as an object whose "content" is that text."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise UserError(f'{where}: "{name}" is neither a text nor an object with a text as its "content".')
+    return text
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:

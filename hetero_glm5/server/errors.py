@@ -29,7 +29,8 @@ KNOWN: dict[type[Exception], tuple[int, str, str | None]] = {  # HTTP status, Op
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    sendable = message.encode("utf-8", "replace").decode()  # it may quote half a surrogate pair, which no JSON can hold
+    return {"error": {"message": sendable, "type": kind, "param": param, "code": code}}
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -37,3 +38,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     status, kind, code = next(KNOWN[known] for known in type(error).__mro__ if known in KNOWN)
     param = error.param if isinstance(error, RequestError) else None
     return status, error_body(str(error), kind, param, code)
+
+
+def bug_body(error: Exception) -> dict[str, Any]:
+    """For an error of no KNOWN type."""
+    return error_body(f"Internal error: {type(error).__name__}: {error}", "server_error")

@@ -82,13 +82,16 @@ def _content(value: Any) -> str | list[dict[str, str]] | None:
         raise ValueError("must be a string, null or a list of parts")
     for i, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f'has a part of type {kind!r} at [{i}]; only {{"type": "text", "text": …}} can be used')
+            kind = part.get("type") if isinstance(part, dict) else None
+            usable = '{"type": "text", "text": …}'
+            raise ValueError(f"has a part of type {_shown(kind)} at [{i}]; only {usable} can be used")
     return value
 
 
 def _tool_calls(value: Any) -> list[dict[str, Any]] | None:
-    for call in value or ():
+    if value is None:
+        return None
+    for call in value if isinstance(value, list) else [None]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError('must be a list of {"function": {"name": …, "arguments": …}}')
@@ -111,8 +114,13 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
 
 def _tool_choice(value: Any) -> str:
     if value not in (None, "auto", "none"):
-        raise ValueError(f"is {orjson.dumps(value).decode()}; only auto and none are supported")
+        raise ValueError(f"is {_shown(value)}; only auto and none are supported")
     return value or "auto"
+
+
+def _shown(value: Any) -> str:
+    """A client's value in a sentence: a text, or else its kind, since it may be large and deep."""
+    return repr(value[:100]) if isinstance(value, str) else type(value).__name__
 
 
 class StreamOptions(BaseModel):
@@ -144,7 +152,7 @@ class SamplingRequest(BaseModel):
     top_k: int | None = None
     seed: int | None = None
     stop: Annotated[Any, BeforeValidator(lambda value: [] if value is None else _strings(value))] = []
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int] | None, Field(fail_fast=True)] = None
     ignore_eos: bool = False
     min_tokens: int = 0
     stream: bool | None = False
@@ -175,7 +183,7 @@ class CompletionRequest(SamplingRequest):
 
 
 class ChatRequest(SamplingRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     tools: Annotated[Any, BeforeValidator(_tools)] = None
     tool_choice: Annotated[Any, BeforeValidator(_tool_choice)] = "auto"
     chat_template_kwargs: dict[str, Any] | None = None
@@ -194,7 +202,7 @@ class ChatRequest(SamplingRequest):
     @property
     def plain_messages(self) -> list[dict[str, Any]]:
         """For the template: a field that was not sent does not exist there."""
-        return [message.model_dump(exclude_none=True) for message in self.messages]
+        return [{name: value for name, value in message if value is not None} for message in self.messages]
 
 
 R = TypeVar("R", bound=SamplingRequest)

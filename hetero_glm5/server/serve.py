@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import socket
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 import uvicorn
 from rich.console import Console
 
 from hetero_glm5 import __version__
 from hetero_glm5.config import EngineConfig, ServerConfig
+from hetero_glm5.core import UserError
 from hetero_glm5.engine.engine import Engine
 from hetero_glm5.server.api import Service, create_app
 from hetero_glm5.server.progress import LoadDisplay, start_log
@@ -23,11 +28,15 @@ from hetero_glm5.server.worker import EngineWorker, Report
 
 log = logging.getLogger(__name__)
 
-FAREWELL_SECONDS = 5  # for clients to take their error message when the engine has failed
+STALL_SECONDS = 5.0  # when the server ends and the engine has nothing left to say: how long a client may do nothing
 
 
 class _Server(uvicorn.Server):
     """The first signal lets running requests finish; a second one ends the process at once."""
+
+    def __init__(self, config: uvicorn.Config, worker: EngineWorker):
+        super().__init__(config)
+        self._worker = worker
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
@@ -35,16 +44,32 @@ class _Server(uvicorn.Server):
         self.should_exit = True
         log.info("finishing what runs; a second signal stops at once")
 
-    def give_up(self) -> None:
-        self.config.timeout_graceful_shutdown = FAREWELL_SECONDS
-        self.should_exit = True
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        cutting = asyncio.create_task(self._cut_what_stalls())
+        await super().shutdown(sockets)
+        cutting.cancel()
+
+    async def _cut_what_stalls(self) -> None:
+        """Cuts all connections once nothing has been computed, and no client has taken anything, for STALL_SECONDS:
+        what is left then is half-sent requests, and clients that do not read."""
+        before, moved = (0, 0), time.monotonic()
+        while True:
+            connections = list(self.server_state.connections)
+            now = (len(connections), sum(c.transport.get_write_buffer_size() for c in connections))
+            if self._worker.busy or now != before:
+                before, moved = now, time.monotonic()
+            elif time.monotonic() - moved >= STALL_SECONDS:
+                for connection in connections:
+                    connection.transport.abort()
+            await asyncio.sleep(0.1)
 
 
 def serve(config: EngineConfig, server_config: ServerConfig, listening: socket.socket) -> int:
     """Serves until a signal or a failure; returns the exit code. Raises UserError."""
+    name = _model_name(config, server_config)
+    _check_key(server_config.api_key)
     console = Console(stderr=True)
     start_log(console)
-    name = server_config.served_model_name or Path(config.model).resolve().name
     log.info("hetero_glm5 %s, model %s from %s", __version__, name, config.model)
     tokenizer, defaults = Tokenizer.from_folder(config.model), SamplingDefaults.from_folder(config.model)
     display = LoadDisplay(console)
@@ -55,13 +80,11 @@ def serve(config: EngineConfig, server_config: ServerConfig, listening: socket.s
         return engine
 
     def ready() -> None:
-        display.close()
-        print(_greeting(name, listening, tokenizer.has_chat, server_config.api_key is not None), flush=True)
+        _print(display, _greeting(name, listening, tokenizer.has_chat, server_config.api_key is not None), sys.stdout)
 
     def failed() -> None:
-        display.close()
-        print(f"error: {worker.failure}", file=sys.stderr, flush=True)
-        server.give_up()
+        server.should_exit = True
+        _print(display, f"error: {worker.failure}", sys.stderr)
 
     worker = EngineWorker(
         load,
@@ -71,14 +94,39 @@ def serve(config: EngineConfig, server_config: ServerConfig, listening: socket.s
         on_failure=failed,
     )
     app = create_app(Service(worker, tokenizer, name, server_config, defaults))
-    server = _Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False))
+    server = _Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False), worker)
     server.run(sockets=[listening])
-    display.close()
+    with suppress(OSError):
+        display.close()
     code = 1 if worker.state == "failed" else 0
     if worker.alive:  # it loads, or hangs: waiting for it could take for ever
-        sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _model_name(config: EngineConfig, server_config: ServerConfig) -> str:
+    """What clients call the model."""
+    name = server_config.served_model_name
+    if name is None:
+        name = Path(config.model).resolve().name
+    if not name or not name.isprintable():  # bytes of a command line that are no UTF-8 are not printable either
+        raise UserError(f"The model's name is {name!r}; it must be printable. Choose one with --served-model-name.")
+    return name
+
+
+def _check_key(key: str | None) -> None:
+    if key is not None and (not key or key != key.strip() or not key.isprintable()):
+        raise UserError(
+            "--api-key is empty, has spaces around it or holds characters that are not printable; no client could send "
+            "it. Choose another, or leave the flag out to require none."
+        )
+
+
+def _print(display: LoadDisplay, line: str, stream: TextIO) -> None:
+    """Ends the bar and prints. A terminal that is gone or a full disk is no reason to stop serving, or not to end."""
+    with suppress(OSError, ValueError):
+        display.close()
+        print(line, file=stream, flush=True)
 
 
 def _greeting(name: str, listening: socket.socket, has_chat: bool, has_key: bool) -> str:

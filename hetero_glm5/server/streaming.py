@@ -7,6 +7,7 @@ remembers what the whole answer needs, so that an answer says the same streamed 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
@@ -16,7 +17,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from hetero_glm5.core import QueueFull, RequestError, TokenEvent
-from hetero_glm5.server.errors import GenerationFailed, describe
+from hetero_glm5.server.errors import GenerationFailed, bug_body, describe
 from hetero_glm5.server.parsers import Delta, OutputParser, ParsedMessage
 from hetero_glm5.server.responses import (
     DONE,
@@ -30,6 +31,8 @@ from hetero_glm5.server.responses import (
     text_choice,
 )
 from hetero_glm5.server.worker import Generation
+
+log = logging.getLogger(__name__)
 
 SILENCE = 10.0  # seconds after which a stream says that it is alive; some clients give up after 20
 
@@ -133,6 +136,9 @@ async def stream(
         yield DONE
     except (GenerationFailed, RequestError, QueueFull) as error:
         yield event(describe(error)[1])
+    except Exception as error:  # a bug: the client hears of it instead of a cut connection
+        log.exception("a stream failed")
+        yield event(bug_body(error))
 
 
 class EventStream(StreamingResponse):

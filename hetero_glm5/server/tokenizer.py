@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,28 @@ import tokenizers
 from hetero_glm5.core import RequestError, SamplingParams, UserError
 from hetero_glm5.model_config import read_json
 from hetero_glm5.server.chat_template import ChatTemplate
+
+log = logging.getLogger(__name__)
+
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {  # keys of generation_config.json: the values that ask for nothing
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "min_p": (0,),
+    "top_h": (),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "penalty_alpha": (0,),
+    "num_beams": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ({}, []),
+    "guidance_scale": (1,),
+}
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -43,9 +66,14 @@ class SamplingDefaults:
         path = Path(folder) / "generation_config.json"
         data = read_json(path, "the sampling defaults cannot be read") if path.exists() else {}
         values = {key: data[key] for key in ("temperature", "top_p", "top_k") if data.get(key) is not None}
-        for key, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f'{path}: "{key}" is {value!r}; it must be a number.')
+        samples = data.get("do_sample")
+        if not isinstance(samples, bool | None):
+            raise UserError(f"{path}: do_sample is {samples!r}; it must be true or false.")
+        if samples is False:
+            values["temperature"] = 0.0
+        ignored = [key for key, neutral in _NO_EFFECT.items() if data.get(key) not in (None, *neutral)]
+        if ignored:
+            log.info("%s: %s: no effect in this server.", path, ", ".join(f"{key} {data[key]}" for key in ignored))
         try:
             SamplingParams(**values)
         except RequestError as error:
@@ -58,6 +86,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, template: ChatTemplate | None = None):
         self._tokenizer, self._template = tokenizer, template
+        self._longest = max(map(len, map(self.token_bytes, tokenizer.get_vocab().values())), default=1)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -79,9 +108,28 @@ class Tokenizer:
     def has_chat(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens spelled in the text become themselves, and none is added."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, context_length: int | None = None) -> list[int]:
+        """Token ids; special tokens spelled in the text become themselves, and none is added.
+
+        Raises RequestError for what is no Unicode text, and for a text that cannot fit into `context_length` tokens
+        even if each were the longest one: that much takes long to encode.
+        """
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(text[error.start]):04X}"
+            raise RequestError(
+                f"the prompt holds {half} at character {error.start}, half a surrogate pair; send whole characters.",
+                "prompt",
+            ) from error
+        if context_length is not None and size > context_length * self._longest:
+            raise RequestError(
+                f"the prompt has {size} bytes; the context length is {context_length} tokens of at most "
+                f"{self._longest} bytes. Shorten the prompt.",
+                "prompt",
+            )
+        # Unlike encode(), this lets other threads run meanwhile.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, tokens: list[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")

@@ -20,27 +20,37 @@ _EXACT = 2**53  # above it, not every integral float is the integer that was wri
 def allowed_types(schema: Any, root: Any) -> frozenset[str]:
     """JSON types that `schema` allows, through unions, enums and local references into `root`.
 
-    A schema that names no type, or an argument without a schema (None), is a string.
+    A schema that names no type, or an argument without a schema (None), is a string. Clients write schemas: what is
+    malformed in one says nothing, and one that refers to itself is looked at once.
     """
-    return frozenset(_types(schema, root, 0)) or frozenset({"string"})
+    types: set[str] = set()
+    todo, seen = [schema], set()
+    while todo:
+        part = todo.pop()
+        if not isinstance(part, dict) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        types.update(_own_types(part))
+        reference = part.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#/"):
+            todo.append(_follow(root, reference))
+        for union in ("anyOf", "oneOf", "allOf"):
+            todo += _list(part.get(union))
+    return frozenset(types) or frozenset({"string"})
 
 
-def _types(schema: Any, root: Any, depth: int) -> Iterator[str]:
-    if not isinstance(schema, dict) or depth > 16:
-        return
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/"):
-        yield from _types(_follow(root, reference), root, depth + 1)
+def _own_types(schema: dict[str, Any]) -> Iterator[str]:
     kinds = schema.get("type")
-    yield from [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
-    for union in ("anyOf", "oneOf", "allOf"):
-        for option in schema.get(union) or ():
-            yield from _types(option, root, depth + 1)
     if kinds is None:
-        values = [schema["const"]] if "const" in schema else schema.get("enum") or []
-        yield from (_type_of(value) for value in values)
+        values = [schema["const"]] if "const" in schema else _list(schema.get("enum"))
+        yield from map(_type_of, values)
+    yield from (kind for kind in [kinds, *_list(kinds)] if isinstance(kind, str))
     if schema.get("nullable") is True:
         yield "null"
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _follow(root: Any, reference: str) -> Any:

@@ -22,7 +22,11 @@ from hetero_glm5.server.errors import GenerationFailed, NotReady
 
 log = logging.getLogger(__name__)
 
-MAX_FAILURES = 3  # steps in a row; after that the device, not a request, is to blame
+# A failing step ends the requests that it computed; the others go on. Is the device lost, or were it those requests?
+# After MAX_FAILURES failing steps in a row no new request is let in. What is left either succeeds, and all is well, or
+# fails and ends too; then the engine is idle and computes one token of a prompt that no client wrote. Only if that
+# fails does the server end: no request, however often it is sent, can end it, and a lost device always does.
+MAX_FAILURES = 3
 
 State = Literal["loading", "ready", "failed"]
 Report = Callable[[LoadProgress], None]
@@ -81,7 +85,7 @@ class EngineWorker:
         self.state: State = "loading"
         self.failure: str | None = None
         self.progress = LoadProgress("starting")
-        self.context_length = 0
+        self.context_length = self.max_queued = 0
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequences: dict[Sequence, tuple[Generation, int]] = {}  # the engine thread's
         self._generations: set[Generation] = set()  # the loop's
@@ -100,14 +104,19 @@ class EngineWorker:
 
     async def stop(self) -> None:
         """Finishes what was submitted and closes the engine. An engine that is still loading is left behind."""
-        if self.state == "ready":
-            self._commands.put(self._set_stopping)
-            await asyncio.to_thread(self._thread.join)
+        self._commands.put(self._set_stopping)
+        while self.state == "ready" and self.alive:  # no join: an engine that hangs is given up by the watchdog
+            await asyncio.sleep(0.01)
 
     @property
     def alive(self) -> bool:
         """Whether the engine's thread still runs."""
         return self._thread.is_alive()
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine computes, or has been asked to."""
+        return self.state == "ready" and (bool(self._sequences) or not self._commands.empty())
 
     @property
     def num_open(self) -> int:
@@ -167,6 +176,7 @@ class EngineWorker:
             self._call(self._die, f"Loading failed: {type(error).__name__}: {error}")
             return
         self.context_length = self._engine.context_length
+        self.max_queued = self._engine.config.max_queued_requests
         self._call(self._ready)
         try:
             self._serve()
@@ -177,9 +187,22 @@ class EngineWorker:
 
     def _serve(self) -> None:
         while not self._stopping or self._engine.busy:
-            self._obey()
+            if self._failures < MAX_FAILURES:
+                self._obey()
+            elif not self._engine.busy:
+                self._probe()
             if self._engine.busy:
                 self._step()
+
+    def _probe(self) -> None:
+        """Tries one token of a prompt that no client wrote. Raises what the engine raises."""
+        self._busy_since = time.monotonic()
+        probe = self._engine.add([0], SamplingParams(max_tokens=1))
+        self._engine.step()
+        self._engine.abort(probe)
+        self._busy_since = None
+        log.warning("%d steps in a row failed, but the device works: their requests were to blame", self._failures)
+        self._failures = 0
 
     def _obey(self) -> None:
         """Runs every waiting command; without work for the engine, waits for one first."""
@@ -196,11 +219,11 @@ class EngineWorker:
         except Exception as error:  # a step fails its requests, not the server
             log.exception("a step failed")
             self._failures += 1
-            if self._failures == MAX_FAILURES:
-                raise
             events = self._engine.fail_step(
                 f"The engine failed while computing this request: {type(error).__name__}: {error}"
             )
+            if not events:  # no request can be ended for it, and the next step would be the same
+                raise
         finally:
             self._busy_since = None
         told = [(*self._sequences[event.seq], event) for event in events]

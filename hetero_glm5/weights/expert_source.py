@@ -84,5 +84,5 @@ def pack(layout: ExpertLayout, blob: Tensor, raw: RawExpert, who: str) -> None:
     """Packs a raw expert into `blob`. CheckpointError if the layout cannot hold it."""
     gate, up, down, scales = raw
     if layout.method == "FP8" and scales is None:
-        raise CheckpointError(f"{who} is not FP8; --kt-method FP8 needs all to be.")
+        raise CheckpointError(f"{who} is not FP8; --kt-method FP8 needs all to be. Use BF16.")
     layout.pack_into(blob, gate, up, down, scales)

@@ -44,6 +44,7 @@ class ModelWeights:
         routed: dict[str, TensorSpec] = {}
         for layer in self.layers:
             routed |= expert_tensors(config, layer)
+        self._routed = list(routed)
         dense = {name: spec for name, spec in needed.items() if name not in routed}
         if self._experts is self._dense:
             self._dense.check(needed, known)
@@ -74,6 +75,12 @@ class ModelWeights:
             return tensor
 
         return weights
+
+    @property
+    def fp8_experts(self) -> bool:
+        """Whether the experts are a checkpoint's, all of them FP8."""
+        experts = self._experts
+        return isinstance(experts, Checkpoint) and all(experts.is_fp8(name) for name in self._routed)
 
     @property
     def mappable(self) -> bool:

@@ -162,11 +162,14 @@ def test_a_port_in_use_is_told_before_loading(server, checkpoint):
         ("--model x stray", 2, "error: 'stray' belongs to no flag."),
         ("--model x --port 70000", 1, "error: --port is 70000; it must be at most 65535."),
         ("--model x --tool-call-parser glm46", 1, "error: --tool-call-parser is 'glm46'; it must be one of glm47"),
+        ("--model CHECKPOINT --host a..b", 1, "error: --host a..b cannot be used: it is no host name"),
+        (f"--model CHECKPOINT --host {'a' * 70}", 1, f"error: --host {'a' * 70} cannot be used: it is no host name"),
+        ("--model CHECKPOINT --host \udcff", 1, r"error: --host \udcff cannot be used: it is no host name"),
         ("--model no/such/folder", 1, "error: no/such/folder is not a checkpoint"),
     ],
 )
-def test_flag_errors_are_one_line(flags, code, sentence):
-    got, errors = run(*flags.split())
+def test_flag_errors_are_one_line(checkpoint, flags, code, sentence):
+    got, errors = run(*(checkpoint if word == "CHECKPOINT" else word for word in flags.split()))
     assert got == code and errors.startswith(sentence) and errors.count("\n") == 1
 
 

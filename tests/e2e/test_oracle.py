@@ -145,6 +145,15 @@ def test_fp8_experts_are_their_dequantised_selves(checkpoints):
         assert ((got - want).norm() / want.norm()) < 0.01, on_device  # the host rounds activations to bf16
 
 
+def test_the_method_follows_the_experts_wherever_they_come_from(checkpoints):
+    """--kt-weight-path may be FP8 where --model is not, and the other way round."""
+    plain, fp8 = tiny_checkpoint(checkpoints), tiny_checkpoint(checkpoints, fp8=True)
+    for model, experts, method in ((plain, fp8, "FP8"), (fp8, plain, "BF16")):
+        with LLM(model, **EXACT | {"dtype": "bfloat16"}, kt_weight_path=str(experts)) as llm:
+            assert llm.engine.config.kt_method == method
+            assert llm.logits(random_ids(20)).isfinite().all()
+
+
 def test_the_mtp_layer(checkpoints):
     """transformers has no MTP: its model with one layer more holds layer N, which gets z made by hand."""
     folder = tiny_checkpoint(checkpoints)

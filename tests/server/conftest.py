@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -25,6 +26,7 @@ class FakeEngine:
     """Says `answer(prompt)` piece by piece, one for each step; " w" + the prompt's length + the count by default."""
 
     context_length = 1000
+    config = SimpleNamespace(max_queued_requests=100)
 
     def __init__(self, answer: Callable[[list[int]], list[str]] | None = None, *, most_waiting: int = 1000):
         self.answer = answer or (lambda prompt: [f" w{len(prompt)}.{i}" for i in range(200)])

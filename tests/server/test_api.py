@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -291,3 +292,58 @@ def test_pings_come_while_tokens_say_nothing_yet(serve, fake_engine, monkeypatch
     told = [json.loads(line[6:])["choices"][0]["delta"] for line in lines[:-1] if line.startswith("data")]
     arguments = "".join(d["tool_calls"][0]["function"]["arguments"] for d in told if "tool_calls" in d)
     assert json.loads(arguments) == {"days": [1, 2, 3, 4]}
+
+
+def test_too_many_prompts_or_too_long_ones_are_refused_unencoded(serve, tokenizer, monkeypatch):
+    served = serve()
+    encoded = []
+    monkeypatch.setattr(tokenizer, "_tokenizer", SimpleNamespace(encode_batch_fast=encoded.append))
+    many = served.http.post(TEXT, json={"prompt": ["a"] * 101})
+    assert many.status_code == 400 and many.json()["error"]["param"] == "prompt"
+    assert many.json()["error"]["message"].startswith("this request has 101 prompts; at most 100 can wait")
+    long = served.http.post(TEXT, json={"prompt": "a" * 1_000_000})
+    assert (
+        long.status_code == 400 and "has 1000000 bytes; the context length is 1000" in long.json()["error"]["message"]
+    )
+    stops = served.http.post(TEXT, json={"prompt": "a", "stop": ["a"] * 1_000_000})
+    assert stops.status_code == 400 and stops.json()["error"]["param"] == "stop"
+    assert not encoded
+
+
+def test_half_a_surrogate_pair_in_tool_arguments_is_a_400(serve):
+    call = {"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}
+    answer = serve().http.post(CHAT, json={"messages": [{"role": "assistant", "tool_calls": [call]}]})
+    assert answer.status_code == 400 and "U+D83D" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("parameters", [5, {"properties": 5}, {"properties": {"city": {"anyOf": 5, "type": [{}]}}}])
+def test_a_malformed_tool_schema_fails_no_request(serve, fake_engine, parameters):
+    said = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>K</arg_value></tool_call>"
+    served = serve(fake_engine(pieces(said)), tool_call_parser="glm47")
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
+    answer = served.http.post(CHAT, json={**HI, "tools": [tool]})
+    assert answer.json()["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "K"}'
+
+
+def test_a_bug_while_streaming_is_an_error_event(serve, fake_engine, monkeypatch, caplog):
+    def buggy(*args):
+        raise ZeroDivisionError("oops")
+
+    engine = fake_engine()
+    served = serve(engine)
+    monkeypatch.setattr(streaming.TextCollector, "tell", buggy)
+    (chunk,) = served.chunks(TEXT, prompt="a")
+    assert json.loads(chunk)["error"]["message"] == "Internal error: ZeroDivisionError: oops"
+    wait_until(lambda: served.worker.num_open == 0)
+    assert "a stream failed" in caplog.text
+
+
+def test_a_client_that_leaves_while_sending_is_no_error(serve, caplog):
+    served = serve()
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        wait_until(lambda: served.server.server_state.tasks)
+    wait_until(lambda: not served.server.server_state.tasks)
+    assert served.http.get("/health").status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

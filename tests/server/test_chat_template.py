@@ -102,8 +102,28 @@ def test_where_templates_are_found(tmp_path):
     assert ChatTemplate.from_folder(tmp_path).render(USER, None, {}) == "file"
 
 
-@pytest.mark.parametrize("source", ["{% if %}", 5, [{"name": "rag", "template": "x"}]])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if %}",
+        5,
+        {"name": "default"},
+        [],
+        [{"name": "rag", "template": "x"}],
+        [{"name": "default", "template": None}],
+        [{"name": 5, "template": "x"}, {"name": "default", "template": "x"}],
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "{% if x %}" * 100 + "{% endif %}" * 100,
+    ],
+)
 def test_a_template_that_cannot_work_is_refused_at_start(tmp_path, source):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
     with pytest.raises(UserError, match="tokenizer_config.json"):
+        ChatTemplate.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("token", [{"text": "x"}, {"content": 5}, ["x"], 5])
+def test_special_tokens_are_texts(tmp_path, token):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token, "chat_template": "x"}))
+    with pytest.raises(UserError, match='"eos_token" is neither a text nor'):
         ChatTemplate.from_folder(tmp_path)

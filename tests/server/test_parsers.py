@@ -147,6 +147,23 @@ def test_local_references_and_nullable_are_followed():
     assert json.loads(call[1]) == {"p": {"a": 1}, "q": None, "r": "5"}
 
 
+def test_malformed_and_self_referencing_schemas_say_nothing():
+    many = {"anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}] * 20}
+    properties = {
+        "a": {"anyOf": 5, "oneOf": {"x": 1}, "allOf": "x"},
+        "b": {"enum": 5},
+        "c": {"type": [{}, 5, "integer"]},
+        "d": {"type": {}},
+        "e": {"$ref": "#/$defs/A"},
+        "f": 5,
+        "g": {"$ref": "#/"},
+    }
+    tools = [tool("f", properties, **{"$defs": {"A": many, "B": many}})]
+    pairs = "".join(f"<arg_key>{key}</arg_key><arg_value>7</arg_value>" for key in properties)
+    (call,) = parse([f"<tool_call>f{pairs}</tool_call>"], False, tools=tools).calls
+    assert json.loads(call[1]) == {key: 7 if key == "c" else "7" for key in properties}
+
+
 def test_last_of_a_repeated_key_wins():
     pair = "<arg_key>limit</arg_key><arg_value>{}</arg_value>".format
     (call,) = parse([f"<tool_call>search{pair(1)}{pair(2)}</tool_call>"], False).calls

@@ -11,6 +11,10 @@ from hetero_glm5.server.tokenizer import SamplingDefaults
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
+def deep(levels: int) -> list:
+    return [deep(levels - 1)] if levels else []
+
+
 def chat(**fields) -> ChatRequest:
     return parse_request(ChatRequest, json.dumps({**HI, **fields}).encode())
 
@@ -62,7 +66,7 @@ def test_fields_that_change_nothing_are_accepted():
         ({"logit_bias": {"1": 2}}, "logit_bias", "not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-        ({"tool_choice": "required"}, "tool_choice", 'tool_choice is "required"; only auto and none'),
+        ({"tool_choice": "required"}, "tool_choice", "tool_choice is 'required'; only auto and none"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "only auto and none"),
         ({"colour": "red"}, "colour", "colour is not a field of this request."),
         ({"temperature": "hot"}, "temperature", "temperature is wrong: input should be a valid number"),
@@ -79,12 +83,18 @@ def test_fields_that_change_nothing_are_accepted():
             "messages",
             r"messages\[0\].content has a part of type 'image_url' at \[0\]; only",
         ),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", r"messages\[0\].tool_calls must be"),
+        *(
+            ({"messages": [{"role": "assistant", "tool_calls": calls}]}, "messages", r"\[0\].tool_calls must be a list")
+            for calls in ([{}], 5, True, 1.5, "x", {"a": 1})
+        ),
+        ({"tool_choice": deep(400)}, "tool_choice", "tool_choice is list; only auto and none"),
+        ({"messages": [{"role": "user", "content": [deep(400)]}]}, "messages", "a part of type NoneType"),
+        ({"stop": ["a"] * 2_000_000}, "stop", "stop has 2000000 strings; at most 64"),
     ],
 )
 def test_refusals_name_the_field(fields, param, sentence):
     with pytest.raises(RequestError, match=sentence) as caught:
-        chat(**fields)
+        chat(**fields).sampling(SamplingDefaults())
     assert caught.value.param == param
 
 
@@ -113,6 +123,8 @@ def test_tools_stay_as_they_came_and_other_types_are_skipped():
 def test_messages_keep_only_what_templates_know():
     message = {"role": "assistant", "content": None, "refusal": None, "reasoning_content": "r", "audio": {}}
     assert chat(messages=[message]).plain_messages == [{"role": "assistant", "reasoning_content": "r"}]
+    call = {"function": {"name": "f", "arguments": {"a": deep(400), "b": None}}}
+    assert chat(messages=[{"role": "assistant", "tool_calls": [call]}]).plain_messages[0]["tool_calls"] == [call]
 
 
 def test_reasoning_effort_reaches_the_template():

@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+import time
 
 import pytest
 
@@ -84,6 +86,52 @@ def test_sampling_defaults(tmp_path):
     path = tmp_path / "generation_config.json"
     path.write_text('{"temperature": 0.6, "top_p": 0.95, "top_k": null, "do_sample": true}')
     assert SamplingDefaults.from_folder(tmp_path) == SamplingDefaults(0.6, 0.95, 0)
-    path.write_text('{"temperature": "hot"}')
-    with pytest.raises(UserError, match="\"temperature\" is 'hot'"):
+    path.write_text('{"temperature": 0.6, "top_p": 0.9, "do_sample": false}')
+    assert SamplingDefaults.from_folder(tmp_path) == SamplingDefaults(0.0, 0.9, 0), "greedy"
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ('{"temperature": "hot"}', "temperature is 'hot'; it must be a number"),
+        ('{"temperature": true}', "temperature is True; it must be a number"),
+        ('{"top_k": 2.5}', "top_k is 2.5; it must be a whole number"),
+        ('{"top_p": 2}', "top_p is 2; it must be above 0"),
+        ('{"do_sample": "no"}', "do_sample is 'no'; it must be true or false"),
+    ],
+)
+def test_sampling_defaults_that_cannot_work(tmp_path, settings, sentence):
+    (tmp_path / "generation_config.json").write_text(settings)
+    with pytest.raises(UserError, match=f"generation_config.json: {sentence}"):
         SamplingDefaults.from_folder(tmp_path)
+
+
+def test_sampling_settings_without_effect_are_told_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    settings = {"repetition_penalty": 1.05, "min_p": 0.0, "num_beams": 1, "typical_p": 0.9, "eos_token_id": [1]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    SamplingDefaults.from_folder(tmp_path)
+    (line,) = caplog.messages
+    assert line.endswith("generation_config.json: repetition_penalty 1.05, typical_p 0.9: no effect in this server.")
+
+
+def test_a_text_that_cannot_fit_is_refused_unencoded(tokenizer, raw):
+    longest = max(len(tokenizer.token_bytes(token)) for token in raw.get_vocab().values())
+    assert tokenizer.encode("a" * 10 * longest, 10)
+    with pytest.raises(RequestError, match=f"has {10 * longest + 1} bytes; the context length is 10 tokens of at most"):
+        tokenizer.encode("a" * (10 * longest + 1), 10)
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(RequestError, match=r"U\+D83D at character 1"):
+        tokenizer.encode("a\ud83d")
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer):
+    encoding = threading.Thread(target=tokenizer.encode, args=("word " * 400_000,))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20

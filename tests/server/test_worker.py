@@ -98,7 +98,7 @@ def test_a_failing_step_fails_its_requests_and_serves_on(fake_engine, caplog):
 
 
 def test_steps_that_keep_failing_end_the_worker(fake_engine):
-    """A device that is lost fails every step: a server that goes on saying ok would be worse than none."""
+    """A device that is lost fails every step, the probe's too: a server that goes on saying ok would be worse."""
 
     async def main():
         engine = fake_engine()
@@ -108,14 +108,70 @@ def test_steps_that_keep_failing_end_the_worker(fake_engine):
 
         failed = asyncio.Event()
         worker = await started(engine, on_failure=failed.set)
-        for _ in range(MAX_FAILURES - 1):
-            engine.before_step = lost
+        engine.before_step = lost
+        for _ in range(MAX_FAILURES):
             with pytest.raises(GenerationFailed, match="while computing this request: RuntimeError: device lost"):
                 await text_of(worker, [1])
-        with pytest.raises(GenerationFailed, match="The engine ended: RuntimeError: device lost"):
+        await asyncio.wait_for(failed.wait(), 5)
+        assert (worker.state, worker.failure) == ("failed", "The engine ended: RuntimeError: device lost")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("healthy_between", [True, False])
+def test_a_request_that_always_fails_its_step_does_not_end_the_worker(fake_engine, healthy_between, caplog):
+    bad = [66]
+
+    async def main():
+        engine = fake_engine()
+
+        def fail_bad():
+            if any(seq.tokens[: seq.num_prompt] == bad for seq in engine.running):
+                raise ValueError("no luck")
+
+        worker = await started(engine)
+        engine.before_step = fail_bad
+        for _ in range(3 * MAX_FAILURES):
+            together = await asyncio.gather(*(text_of(worker, bad) for _ in range(2)), return_exceptions=True)
+            assert [type(error) for error in together] == [GenerationFailed] * 2
+            if healthy_between:
+                assert await text_of(worker, [1]) == "".join(engine.answer([1])[:5])
+        assert await text_of(worker, [1]) == "".join(engine.answer([1])[:5])
+        assert worker.state == "ready" and not engine.running
+        await worker.stop()
+
+    asyncio.run(main())
+    assert ("the device works" in caplog.text) is not healthy_between
+
+
+def test_a_step_that_fails_without_a_request_to_blame_ends_the_worker(fake_engine):
+    async def main():
+        engine = fake_engine()
+
+        def fail():
+            raise ValueError("no luck")
+
+        failed = asyncio.Event()
+        worker = await started(engine, on_failure=failed.set)
+        engine.before_step, engine.fail_step = fail, lambda message: []
+        with pytest.raises(GenerationFailed, match="The engine ended: ValueError: no luck"):
             await text_of(worker, [1])
         await asyncio.wait_for(failed.wait(), 5)
+
+    asyncio.run(main())
+
+
+def test_stopping_does_not_wait_for_an_engine_that_hangs(fake_engine):
+    async def main():
+        engine, entered, release = fake_engine(), threading.Event(), threading.Event()
+        worker = await started(engine, watchdog_timeout=0.3)
+        engine.before_step = lambda: (entered.set(), release.wait(10))
+        generation = await worker.submit([[1]], PARAMS)
+        await asyncio.to_thread(entered.wait, 5)
+        worker.close(generation)
+        await asyncio.wait_for(worker.stop(), 5)
         assert worker.state == "failed"
+        release.set()
 
     asyncio.run(main())
 

@@ -259,4 +259,4 @@ def test_loading_takes_little_more_memory_than_what_stays(large, packed, mode, r
     stays, above = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     experts = 64 * 3 * 1024 * 1024 * 2
     assert (stays < experts / 2) if mode == "mmap" else (stays > experts)
-    assert above < 100e6
+    assert above < 256e6  # loaders hold a few experts, and malloc keeps some of what they gave back
