@@ -169,8 +169,8 @@ class EngineConfig(Flags):
     ) -> tuple[EngineConfig, list[str]]:
         """Settles every "auto" for this model and machine, but for --kt-weight-mode, which the memory settles.
 
-        packed_as: the method of the packed store at --kt-weight-path, if it is one. fp8_experts: whether the experts are
-        a checkpoint's, in FP8.
+        packed_as: the method of the packed store at --kt-weight-path, if it is one. fp8_experts: whether the experts
+        are a checkpoint's, in FP8.
 
         Returns the settled config and one sentence for each flag that means something else, or nothing, here.
         """
