@@ -52,7 +52,6 @@ def test_the_cards_command_parses_and_says_what_has_no_effect():
         ("--kt-gpu-experts-ratio 2", ["--kt-gpu-experts-ratio", "2"]),
         ("--kt-gpu-prefill-token-threshold many", ["many", "number"]),
         ("--tensor-parallel-size 8", ["8", "Use 1"]),
-        ("--kt-method AMXINT4", ["AMXINT4", "BF16"]),
         ("--kt-method BF15", ["BF15", "did you mean BF16"]),
         ("--kv-cache-dtype fp8_e4m3", ["fp8_e4m3"]),
         ("--kt-max-deferred-experts-per-token 2", ["deferral"]),
@@ -98,6 +97,8 @@ def test_auto_method_follows_dtype_and_checkpoint():
         ("", fp8, "FP8"),
         ("--dtype float32", fp8, "FP32"),
         ("--kt-method FP8_BLOCK", fp8, "FP8"),
+        ("--kt-method AMXINT8", fp8, "INT8"),
+        ("--kt-method RAWINT4", {}, "INT4"),
     ]:
         settled, _ = parse(line)[0].resolve(model(**overrides), **MACHINE)
         assert settled.kt_method == method
