@@ -43,7 +43,8 @@ struct DotPiece {  // NT tiles x MT tokens x a piece of K
   int64_t tile_sums;
   int64_t groups;
   int group_lines, block_groups, parts;
-  int64_t ahead;
+  const uint8_t* ahead;    // what to prefetch: a token block's share of the weights that come next ...
+  int64_t ahead_step;      // ... in bytes per line read
 };
 
 template <class F, int NT, int MT> struct DotKernel {
@@ -53,15 +54,17 @@ template <class F, int NT, int MT> struct DotKernel {
   using Dots = I32[kChains][NT][MT];
   using Choices = typename DotLine<F>::Choice[NT];
 
-  static inline __attribute__((always_inline)) void walk(const DotPiece& a, const uint8_t* w, const uint32_t*& x,
+  static inline __attribute__((always_inline)) void walk(const DotPiece& a, int64_t group, const uint32_t*& x,
                                                          const Choices& choice, Dots& acc) {
+    const int64_t first = group * a.group_lines;
+    const uint8_t *w = a.w + first * kLineBytes, *ahead = a.ahead + first * a.ahead_step;
     for (int n = 0; n < a.group_lines; n += kUnrolled)
 #pragma GCC unroll 4
-      for (int u = 0; u < kUnrolled; u++, w += kLineBytes, x += kSteps * MT) {
+      for (int u = 0; u < kUnrolled; u++, w += kLineBytes, ahead += a.ahead_step, x += kSteps * MT) {
         DotLine<F> line[NT];
 #pragma GCC unroll 2
         for (int i = 0; i < NT; i++) {
-          prefetch(w + i * a.tile_bytes + a.ahead);
+          prefetch(ahead + i * a.tile_bytes);
           line[i].read(w + i * a.tile_bytes, choice[i]);
         }
 #pragma GCC unroll 2
@@ -91,7 +94,6 @@ template <class F, int NT, int MT> struct DotKernel {
 
   static void run(const DotPiece& piece) {
     const DotPiece a = piece;  // a copy: stores through vector types may alias the caller's
-    const uint8_t* w = a.w;
     const uint16_t* scales = a.scales;
     const int64_t tile_scales = a.tile_bytes / sizeof(uint16_t);
     const uint32_t* x = a.x.steps;
@@ -108,17 +110,16 @@ template <class F, int NT, int MT> struct DotKernel {
 #pragma GCC unroll 2
         for (int i = 0; i < NT; i++) choice[i] = DotLine<F>::choose(a.books, scales + i * tile_scales);
         start(acc, corrections);
-        walk(a, w, x, choice, acc);
+        walk(a, g, x, choice, acc);
         join(acc);
-        for (int p = 1; p < a.parts; p++) {
+        for (int p = 1; p < (F::hidden_parts == 1 ? 1 : a.parts); p++) {
           Dots low;
           start(low, corrections += MT);
-          walk(a, w, x, choice, low);
+          walk(a, g, x, choice, low);
           join(low);
           each([&](int i, int m) { acc[0][i][m] = add(times_256(acc[0][i][m]), low[0][i][m]); });
         }
         corrections += MT;
-        w += a.group_lines * kLineBytes;
 #pragma GCC unroll 2
         for (int i = 0; i < NT; i++) {
           prefetch(reinterpret_cast<const uint8_t*>(scales + i * tile_scales) + 1024);  // too thin a stream for the hardware
@@ -164,6 +165,10 @@ template <class F, int NT> void dot_tiles(const GemmArgs& g, int first, const To
     p.w = tile + n * p.group_lines * kLineBytes;
     p.scales = reinterpret_cast<const uint16_t*>(tile + m.scale_offset) + n * kTileRows;
     p.groups = most - n < piece ? most - n : piece;
+    // the next piece, or past the scales the next tiles
+    const int64_t bytes = p.groups * p.group_lines * kLineBytes;
+    const uint8_t* next = n + p.groups < most ? p.w + bytes : tile + NT * m.tile_bytes;
+    p.ahead_step = (kLineBytes + blocks.count - 1) / blocks.count;
     for (int b = 0; b < blocks.count; b++) {
       const int width = blocks.width(b);
       const InputPlace row = input_place<F>(const_cast<uint32_t*>(g.x) + blocks.start(b) * m.words, m, width);
@@ -171,7 +176,7 @@ template <class F, int NT> void dot_tiles(const GemmArgs& g, int first, const To
       p.before = n == 0 ? row.scales : p.x.scales - 2 * width;
       p.last = n + p.groups == most ? row.scales + ((most - 1) / p.block_groups) * 2 * width : nullptr;
       p.sums = g.sums + (int64_t{first} * g.rows + blocks.start(b)) * kTileRows;
-      p.ahead = b == 0 ? kDotPieceK / F::line_k * kLineBytes : 0;
+      p.ahead = next + b * (bytes / blocks.count);
       kDotKernels<F, NT>.run[width - 1](p);
     }
   }

@@ -92,7 +92,7 @@ inline void quantize_block(const PackArgs& a, int64_t at, int64_t count, Quantiz
   for (int v = 0; v < kVectors; v++) {
     q.values[v] = finite ? round(mul(x[v], set1(q.reciprocal))) : set1_int(0);
     store_bytes(q.low + v * 16, q.values[v]);
-    store_bytes(q.high + v * 16, over_256(q.values[v]));
+    if (a.layout->parts == 2) store_bytes(q.high + v * 16, over_256(q.values[v]));
   }
 }
 
@@ -114,13 +114,13 @@ template <IntegerFormat F> void pack_int8(const PackArgs& args) {
       to.scales[0] = q.scale, to.scales[width] = q.reciprocal;
       const int64_t groups = m.scale_cols - k / group < block_groups ? m.scale_cols - k / group : block_groups;
       for (int64_t g = 0; g < groups; g++) {
-        I32 sum = set1_int(0), high = sum;
-        for (int64_t v = g * group / 16; v < (g + 1) * group / 16; v++) {
-          sum = add(sum, q.values[v]);
-          high = add(high, over_256(q.values[v]));
-        }
+        const int64_t first = g * group / 16, last = first + group / 16;
+        I32 sum = set1_int(0);
+        for (int64_t v = first; v < last; v++) sum = add(sum, q.values[v]);
         int32_t whole = total(sum);
         if (m.parts == 2) {
+          I32 high = set1_int(0);
+          for (int64_t v = first; v < last; v++) high = add(high, over_256(q.values[v]));
           const int32_t upper = total(high);
           put_steps(q.high + g * group, group / 4, width, to.steps);
           *to.corrections = -128 * upper;

@@ -1,4 +1,4 @@
-"""The quantisers of INT8 and INT4 in torch: bit for bit the codes and scales that packing makes (csrc/kernel/quantize.h).
+"""The quantisers of INT8 and INT4 in torch: bit for bit the codes and scales of packing (csrc/kernel/quantize.h).
 
 A group is `group` neighbouring columns of a row. K need not be a multiple of it: the last group is then smaller.
 """

@@ -199,8 +199,8 @@ def test_blocks_of_very_different_size(method):
     assert (y[3].abs() < 1e-15).all()
 
 
-# ||y - ref|| / ||ref|| of a layer on N(0, 0.02) weights and N(0, 1) inputs, ref from the original weights. The goals of the
-# integer formats are Q8_0's 0.015 and Q4_K's 0.125.
+# ||y - ref|| / ||ref|| of a layer on N(0, 0.02) weights and N(0, 1) inputs, ref from the original weights. The goals of
+# the integer formats are Q8_0's 0.015 and Q4_K's 0.125.
 LAYER_ERROR = {"BF16": 0.006, "FP8": 0.05, "INT8": 0.015, "INT4": 0.122}
 
 
