@@ -139,11 +139,6 @@ class EngineConfig(Flags):
             raise ConfigError(
                 f"--tensor-parallel-size is {self.tensor_parallel_size}; hetero_glm5 drives one device. Use 1."
             )
-        if KT_METHODS[self.kt_method] in ("INT8", "INT4"):
-            raise ConfigError(
-                f"--kt-method {self.kt_method}: integer expert formats are not built in this version. "
-                "Use auto, BF16 or FP8."
-            )
         if self.kv_cache_dtype == "fp8_e4m3":
             raise ConfigError("--kv-cache-dtype fp8_e4m3 is not built in this version. Use auto or bf16.")
         if self.kt_max_deferred_experts_per_token:

@@ -55,7 +55,6 @@ def test_the_cards_command_parses_and_says_what_has_no_effect(device):
         ("--kt-gpu-prefill-token-threshold ²", ["²", "number"]),
         ("--latent-norm-eps inf", ["--latent-norm-eps", "inf"]),
         ("--tensor-parallel-size 8", ["8", "Use 1"]),
-        ("--kt-method AMXINT4", ["AMXINT4", "BF16"]),
         ("--kt-method BF15", ["BF15", "did you mean BF16"]),
         ("--kv-cache-dtype fp8_e4m3", ["fp8_e4m3"]),
         ("--kt-max-deferred-experts-per-token 2", ["deferral"]),
@@ -120,6 +119,8 @@ def test_auto_method_follows_dtype_and_experts():
         ("--dtype float32", True, "FP32"),
         ("--kt-method FP8_BLOCK", True, "FP8"),
         ("--kt-method BF16", True, "BF16"),
+        ("--kt-method AMXINT8", True, "INT8"),
+        ("--kt-method RAWINT4", False, "INT4"),
     ]:
         settled, _ = parse(line)[0].resolve(model(), **MACHINE, fp8_experts=fp8)
         assert settled.kt_method == method

@@ -6,6 +6,7 @@
 #include "format/formats.h"
 #include "format/layout.h"
 #include "format/pack.h"
+#include "kernel/kernel_table.h"
 #include "moe/expert_weights.h"
 
 namespace hetero {
@@ -20,6 +21,13 @@ std::vector<int> code_order(const ExpertLayout& layout) {
     for (int k = 0; k < f.line_k; k++) order.push_back(f.place(k));
     return order;
   });
+}
+
+std::vector<int> books(const ExpertLayout& layout) {
+  std::vector<int> values;
+  if (const uint8_t* entries = layout.gate.quantization.books)
+    for (int i = 0; i < kBooks * kBookEntries; i++) values.push_back(entries[i] - 128);
+  return values;
 }
 
 int part_index(int part) {
@@ -43,8 +51,9 @@ void pack(const ExpertLayout& layout, py::array& blob, int part, const py::array
     matrix.scales = static_cast<const float*>(scales->data());
   }
   auto* out = writable<uint8_t>("blob", blob);
+  const Quantize quantize = select_kernels(nullptr).formats[static_cast<int>(layout.format)].quantize;
   py::gil_scoped_release release;
-  pack_matrix(layout, static_cast<ExpertLayout::Part>(part), matrix, out);
+  pack_matrix(layout, static_cast<ExpertLayout::Part>(part), matrix, quantize, out);
 }
 
 void dequantize(const ExpertLayout& layout, const py::array& blob, int part, py::array& out) {
@@ -87,6 +96,9 @@ void bind_weights(py::module_& m) {
   m.attr("LINE_BYTES") = kLineBytes;
   m.attr("BLOB_ALIGN") = kBlobAlign;
   m.attr("FP8_BLOCK") = kScaleBlock;
+  m.attr("BOOK_ENTRIES") = kBookEntries;
+  m.attr("INT4_EXTREMES") = std::vector<float>(std::begin(kExtremes), std::end(kExtremes));
+  m.attr("INT4_REFINEMENTS") = kRefinements;
   m.def("formats", &format_names);
 
   py::class_<MatrixLayout>(m, "MatrixLayout")
@@ -98,10 +110,13 @@ void bind_weights(py::module_& m) {
       .def_readonly("scale_offset", &MatrixLayout::scale_offset)
       .def_readonly("tile_bytes", &MatrixLayout::tile_bytes);
   py::class_<ExpertLayout>(m, "ExpertLayout")
-      .def(py::init([](const std::string& method, int64_t hidden, int64_t intermediate) {
-             return ExpertLayout(format_named(method), hidden, intermediate);
-           }), py::arg("method"), py::arg("hidden"), py::arg("intermediate"))
+      .def(py::init([](const std::string& method, int64_t hidden, int64_t intermediate, int group, const std::string& book) {
+             return ExpertLayout(format_named(method), hidden, intermediate, group, book);
+           }), py::arg("method"), py::arg("hidden"), py::arg("intermediate"), py::arg("group") = 0, py::arg("book") = "")
       .def_property_readonly("method", [](const ExpertLayout& l) { return format_name(l.format); })
+      .def_readonly("book", &ExpertLayout::book)
+      .def_property_readonly("group", [](const ExpertLayout& l) { return l.gate.quantization.group; })
+      .def_property_readonly("books", &books, "INT4's four books of 16 entries, one after the other; empty otherwise")
       .def_readonly("hidden", &ExpertLayout::hidden)
       .def_readonly("intermediate", &ExpertLayout::intermediate)
       .def_readonly("gate", &ExpertLayout::gate)

@@ -8,7 +8,8 @@ uint32_t cpu_features() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     found |= kFeatureAvx512;
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) found |= kFeatureAvx512Bf16;
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
+    found |= kFeatureAvx512Bf16;
   return found;
 }
 

@@ -7,7 +7,7 @@ namespace hetero {
 enum Feature : uint32_t {
   kFeatureAvx2 = 1,        // AVX2 + FMA
   kFeatureAvx512 = 2,      // F, BW, VL, DQ
-  kFeatureAvx512Bf16 = 4,  // BF16 + VBMI
+  kFeatureAvx512Bf16 = 4,  // BF16 + VBMI + VNNI
 };
 
 uint32_t cpu_features();

@@ -4,6 +4,8 @@
 #include "format/format.h"
 #include "format/fp32.h"
 #include "format/fp8.h"
+#include "format/int4.h"
+#include "format/int8.h"
 
 namespace hetero {
 namespace {
@@ -14,6 +16,8 @@ template <class Visit> auto with_format(Format format, Visit&& visit) {
     case Format::fp32: break;
     case Format::bf16: return visit(Bf16{});
     case Format::fp8: return visit(Fp8{});
+    case Format::int8: return visit(Int8{});
+    case Format::int4: return visit(Int4{});
   }
   return visit(Fp32{});
 }

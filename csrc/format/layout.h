@@ -2,37 +2,29 @@
 //   gate tile 0, up tile 0, gate tile 1, up tile 1, ...   job 1 streams them in this order
 //   down tile 0, down tile 1, ...                         job 2
 //   zeros up to a multiple of 4096 bytes
-// Rows are padded to 16 and K to a whole line with zero codes. Scale blocks are those of the true rows and columns.
+// Rows are padded to 16 and K to a whole line (integer formats: to a whole group) with zero codes. Scale blocks are those of
+// the true rows and columns.
 #pragma once
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "format/format.h"
+#include "format/matrix_layout.h"
 
 namespace hetero {
 
 inline constexpr int64_t kBlobAlign = 4096;
 
-struct MatrixLayout {
-  int64_t rows, cols;    // true sizes: outputs, inputs
-  int64_t tiles;         // ceil(rows / 16)
-  int64_t lines;         // of one tile
-  int64_t steps;         // 32-bit activation steps of one input row, padding included
-  int64_t scale_cols;    // scales of one tile = blocks along K, 0 = none
-  int64_t scale_offset;  // bytes from a tile's begin
-  int64_t tile_bytes;
-
-  MatrixLayout(Format format, int64_t rows, int64_t cols);
-};
-
 struct ExpertLayout {
   Format format;
+  std::string book;      // INT4's books: "gaussian" or "linear"; empty otherwise
   int64_t hidden, intermediate;
   MatrixLayout gate, down;  // up is laid out like gate
   int64_t down_offset, blob_bytes;
+  int64_t hidden_block;  // intermediate columns that are made ready for `down` together
 
-  ExpertLayout(Format format, int64_t hidden, int64_t intermediate);
+  // group: 32, 64 or 128 in integer formats, else 0; 0 = the format's own. book: INT4 only, empty = gaussian.
+  ExpertLayout(Format format, int64_t hidden, int64_t intermediate, int group = 0, const std::string& book = "");
 
   enum Part { kGate, kUp, kDown };
   const MatrixLayout& matrix(Part part) const { return part == kDown ? down : gate; }

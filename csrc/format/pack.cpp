@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "base/check.h"
 #include "base/fp16.h"
@@ -97,6 +98,63 @@ template <class F, class S> class Packer {
   const int64_t scale_cols_ = (m_.cols + kScaleBlock - 1) / kScaleBlock;
 };
 
+// Integer formats: a tile's rows as floats, [column][16] with zeros for padding, then quantised, then put in their places.
+template <class F, class S> void pack_quantized(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from,
+                                                Quantize quantize, uint8_t* blob) {
+  const MatrixLayout& m = layout.matrix(part);
+  const int64_t padded = m.scale_cols * m.quantization.group, scale_cols = (m.cols + kScaleBlock - 1) / kScaleBlock;
+  const auto* source = static_cast<const typename S::Code*>(from.data);
+  std::vector<float> weights(padded * kTileRows);
+  std::vector<uint8_t> codes(padded * kTileRows);
+  for (int64_t t = 0; t < m.tiles; t++) {
+    uint8_t* tile = blob + layout.first_tile(part) + t * layout.tile_stride(part);
+    std::memset(tile, 0, m.tile_bytes);
+    const int64_t first = t * kTileRows, rows = std::min<int64_t>(kTileRows, m.rows - first);
+    std::fill(weights.begin(), weights.end(), 0.f);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t row = first + r;
+      float poison = 0;
+      for (int64_t k = 0; k < m.cols; k++) {
+        float value = S::decode(source[row * m.cols + k]);
+        if constexpr (std::is_same_v<S, SourceE4m3>) value *= from.scales[row / kScaleBlock * scale_cols + k / kScaleBlock];
+        weights[k * kTileRows + r] = value;
+        poison += value * 0;
+      }
+      CHECK(poison == 0, "row ", row, " of a matrix holds a weight that is NaN or infinite; ", F::name, " cannot express it");
+    }
+    auto* scales = reinterpret_cast<uint16_t*>(tile + m.scale_offset);
+    quantize({weights.data(), m.scale_cols, m.quantization.group, m.quantization.books, codes.data(), scales});
+    for (int64_t k = 0; k < padded; k++)
+      for (int64_t r = 0; r < kTileRows; r++)
+        F::put(tile + k / F::line_k * kLineBytes + r * 4, static_cast<int>(k % F::line_k), codes[k * kTileRows + r]);
+  }
+}
+
+template <class F> void dequantize(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* blob, float* out) {
+  const MatrixLayout& m = layout.matrix(part);
+  for (int64_t row = 0; row < m.rows; row++) {
+    const int64_t r = row % kTileRows;
+    const uint8_t* tile = blob + layout.first_tile(part) + row / kTileRows * layout.tile_stride(part);
+    for (int64_t col = 0; col < m.cols; col++) {
+      const uint8_t* quad = tile + col / F::line_k * kLineBytes + r * 4;
+      const int k = static_cast<int>(col % F::line_k);
+      float& value = out[row * m.cols + col];
+      if constexpr (IntegerFormat<F>) {
+        uint16_t scale;
+        std::memcpy(&scale, tile + m.scale_offset + (col / m.quantization.group * kTileRows + r) * sizeof scale, sizeof scale);
+        value = F::weight(quad, k, scale, m.quantization.books);
+      } else {
+        typename F::Code code;
+        std::memcpy(&code, quad + F::place(k) * sizeof code, sizeof code);
+        float scale = 1;
+        if constexpr (F::scale_block != 0)
+          std::memcpy(&scale, tile + m.scale_offset + col / F::scale_block * sizeof scale, sizeof scale);
+        value = F::decode(code) * scale;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 Source source_named(const std::string& dtype) {
@@ -109,14 +167,16 @@ Source source_named(const std::string& dtype) {
 
 int64_t source_bytes(Source source) { return source == Source::f32 ? 4 : source == Source::e4m3 ? 1 : 2; }
 
-void pack_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from, uint8_t* blob) {
+void pack_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from, Quantize quantize, uint8_t* blob) {
   CHECK((from.dtype == Source::e4m3) == (from.scales != nullptr),
         "float8_e4m3fn weights need their fp32 block scales, other dtypes have none");
   with_format(layout.format, [&](auto format) {
     with_source(from.dtype, [&](auto source) {
       using F = decltype(format);
       using S = decltype(source);
-      if constexpr (F::scale_block != 0 && !std::is_same_v<S, SourceE4m3>)
+      if constexpr (IntegerFormat<F>)
+        pack_quantized<F, S>(layout, part, from, quantize, blob);
+      else if constexpr (F::scale_block != 0 && !std::is_same_v<S, SourceE4m3>)
         refuse("the ", F::name, " layout packs float8_e4m3fn weights with scales; quantise the others first (pack_experts does)");
       else
         Packer<F, S>(layout, part, from).pack(blob);
@@ -125,22 +185,7 @@ void pack_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const Sour
 }
 
 void dequantize_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* blob, float* out) {
-  const MatrixLayout& m = layout.matrix(part);
-  with_format(layout.format, [&](auto f) {
-    using F = decltype(f);
-    for (int64_t row = 0; row < m.rows; row++) {
-      const uint8_t* tile = blob + layout.first_tile(part) + row / kTileRows * layout.tile_stride(part);
-      for (int64_t col = 0; col < m.cols; col++) {
-        typename F::Code code;
-        const int64_t at = col / F::line_k * kLineBytes + row % kTileRows * 4;
-        std::memcpy(&code, tile + at + F::place(col % F::line_k) * sizeof code, sizeof code);
-        float scale = 1;
-        if constexpr (F::scale_block != 0)
-          std::memcpy(&scale, tile + m.scale_offset + col / F::scale_block * sizeof scale, sizeof scale);
-        out[row * m.cols + col] = F::decode(code) * scale;
-      }
-    }
-  });
+  with_format(layout.format, [&](auto f) { dequantize<decltype(f)>(layout, part, blob, out); });
 }
 
 }  // namespace hetero

@@ -1,11 +1,12 @@
 // Checkpoint tensors -> expert blob, and back to float by the scalar truth. Row-major sources, converted on the way without
 // a full-size temporary: float and half sources round to the format; an E4M3 source keeps its codes and scales in FP8 and is
-// upcast (value * scale, fp32, then rounded) otherwise. Single-threaded; callers pack several experts at once.
+// upcast (value * scale, fp32, then rounded or quantised) otherwise. Single-threaded; callers pack several experts at once.
 #pragma once
 #include <cstdint>
 #include <string>
 
 #include "format/layout.h"
+#include "format/quantize.h"
 
 namespace hetero {
 
@@ -19,8 +20,8 @@ struct SourceMatrix {
   const float* scales;  // [ceil(rows/128), ceil(cols/128)], only and always for e4m3
 };
 
-// Writes every byte of part's tiles; padding is zero.
-void pack_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from, uint8_t* blob);
+// Writes every byte of part's tiles; padding is zero. `quantize`: that of an integer format, from the kernel table.
+void pack_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from, Quantize quantize, uint8_t* blob);
 // out: [rows, cols] of that part.
 void dequantize_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* blob, float* out);
 

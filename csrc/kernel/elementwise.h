@@ -1,14 +1,13 @@
-// What surrounds the GEMM, written once over the vector interface: packing activations, SiLU(gate) * up, and y += w * sums.
+// What surrounds the GEMM, written once over the vector interface: SiLU(gate) * up, y += w * sums, and the table of it all.
 //
 // exp: x = n ln2 + r, |r| <= ln2 / 2, n by adding and subtracting 1.5 * 2^23; e^r by the Cephes degree-6 polynomial (2 ulp);
 // 2^n added into the exponent. The argument is clamped to where the result is normal. Only fused and correctly rounded
 // operations in a fixed order, so every ISA gives the same bits. silu(g) = g / (1 + e^-g): a NaN in g survives.
 #pragma once
-#include "format/bf16.h"
-#include "format/fp32.h"
-#include "format/fp8.h"
-#include "kernel/kernels.h"
-#include "kernel/token_blocks.h"
+#include "kernel/gemm.h"
+#include "kernel/gemm_int.h"
+#include "kernel/packed_inputs.h"
+#include "kernel/quantize.h"
 
 namespace hetero {
 namespace {
@@ -31,55 +30,10 @@ inline F32 exp(F32 x) {
 
 inline F32 silu(F32 g) { return div(g, add(set1(1), exp(sub(set1(0), g)))); }
 
-// 16 values as activation steps: 16 floats, or 8 bf16 pairs.
-template <int step_k> inline void to_steps(F32 values, uint32_t* steps) {
-  if constexpr (step_k == 1) store(reinterpret_cast<float*>(steps), values);
-  else store_bf16(reinterpret_cast<uint16_t*>(steps), values);
-}
-
-inline F32 load_some(const void* x, bool is_bf16, int64_t at, int64_t count) {  // zeros from count on
-  const auto* f = static_cast<const float*>(x) + at;
-  const auto* h = static_cast<const uint16_t*>(x) + at;
-  if (count >= 16) return is_bf16 ? load_bf16(h) : load(f);
-  float some[16] = {};
-  for (int64_t i = 0; i < count; i++) some[i] = is_bf16 ? as_float(uint32_t{h[i]} << 16) : f[i];
-  return load(some);
-}
-
-template <class F> void pack(const PackArgs& args) {
-  const PackArgs a = args;
-  constexpr int kSteps = 16 / F::step_k;
-  const TokenBlocks blocks(a.rows, block_tokens<F>);
-  for (int b = 0; b < blocks.count; b++) {
-    const int64_t width = blocks.width(b);
-    for (int64_t j = 0; j < width; j++) {
-      uint32_t* out = a.out + blocks.start(b) * a.steps + j;
-      const int64_t row = a.tokens[blocks.start(b) + j] * a.cols;
-      for (int64_t s = 0; s < a.steps; s += kSteps) {
-        alignas(64) uint32_t steps[16];
-        const int64_t k = s * F::step_k;
-        to_steps<F::step_k>(load_some(a.x, a.x_is_bf16, row + k, a.cols - k), steps);
-        for (int64_t i = 0; i < kSteps && s + i < a.steps; i++) out[(s + i) * width] = steps[i];
-      }
-    }
-  }
-}
-
-template <class F> void silu_mul(const SiluMulArgs& args) {
+inline void silu_mul(const SiluMulArgs& args) {
   const SiluMulArgs a = args;
-  constexpr int kSteps = 16 / F::step_k;
-  const TokenBlocks blocks(a.rows, block_tokens<F>);
-  const int64_t first = a.tile * kSteps;
-  for (int b = 0; b < blocks.count; b++) {
-    const int64_t width = blocks.width(b);
-    for (int64_t j = 0; j < width; j++) {
-      const int64_t row = blocks.start(b) + j;
-      alignas(64) uint32_t steps[16];
-      to_steps<F::step_k>(mul(silu(load(a.gate + row * 16)), load(a.up + row * 16)), steps);
-      uint32_t* out = a.out + blocks.start(b) * a.steps + first * width + j;
-      for (int64_t i = 0; i < kSteps && first + i < a.steps; i++) out[i * width] = steps[i];
-    }
-  }
+  for (int r = 0; r < a.rows; r++)
+    store(a.out + r * a.stride, mul(silu(load(a.gate + r * kTileRows)), load(a.up + r * kTileRows)));
 }
 
 inline void add_rows(const AddRowsArgs& args) {
@@ -98,10 +52,13 @@ inline void add_rows(const AddRowsArgs& args) {
   }
 }
 
-template <class F> constexpr FormatKernels kFormatKernels = {&pack<F>, &gemm<F>, &silu_mul<F>};
+template <class F> constexpr FormatKernels kFormatKernels = {&pack<F>, &gemm<F>, nullptr};
+template <IntegerFormat F> constexpr FormatKernels kFormatKernels<F> = {&pack_int8<F>, &gemm_int<F>, &quantize<F>};
 
 constexpr KernelTable make_kernel_table(const char* name, uint32_t needs) {
-  return {name, needs, {kFormatKernels<Fp32>, kFormatKernels<Bf16>, kFormatKernels<Fp8>}, &add_rows};
+  return {name, needs,
+          {kFormatKernels<Fp32>, kFormatKernels<Bf16>, kFormatKernels<Fp8>, kFormatKernels<Int8>, kFormatKernels<Int4>},
+          &silu_mul, &add_rows};
 }
 
 }  // namespace

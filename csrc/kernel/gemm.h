@@ -113,17 +113,17 @@ template <class F, int NT> void gemm_tiles(const GemmArgs& g, int first, const T
   constexpr int64_t piece = kPieceK / F::line_k;
   constexpr int64_t steps = F::line_k / F::step_k;
   static_assert(F::scale_block == 0 || kPieceK % F::scale_block == 0, "a piece must begin on a scale block");
-  const uint8_t* tile = g.tiles + first * g.tile_bytes;
-  for (int64_t n = 0; n < g.lines; n += piece) {
+  const uint8_t* tile = g.tiles + first * g.layout->tile_bytes;
+  for (int64_t n = 0; n < g.layout->lines; n += piece) {
     for (int b = 0; b < blocks.count; b++) {
       Piece p;
       p.w = tile + n * kLineBytes;
-      p.tile_bytes = g.tile_bytes;
-      if constexpr (F::scale_block != 0) p.scales = tile + g.scale_offset + n * F::line_k / F::scale_block * sizeof(float);
-      p.x = g.x + blocks.start(b) * g.lines * steps + n * steps * blocks.width(b);
+      p.tile_bytes = g.layout->tile_bytes;
+      if constexpr (F::scale_block != 0) p.scales = tile + g.layout->scale_offset + n * F::line_k / F::scale_block * sizeof(float);
+      p.x = g.x + blocks.start(b) * g.layout->lines * steps + n * steps * blocks.width(b);
       p.sums = g.sums + (int64_t{first} * g.rows + blocks.start(b)) * kTileRows;
       p.tile_sums = int64_t{g.rows} * kTileRows;
-      p.lines = g.lines - n < piece ? g.lines - n : piece;
+      p.lines = g.layout->lines - n < piece ? g.layout->lines - n : piece;
       p.ahead = b == 0 ? piece * kLineBytes : 0;
       kKernels<F, NT>.run[blocks.width(b) - 1](p);
     }
@@ -132,7 +132,7 @@ template <class F, int NT> void gemm_tiles(const GemmArgs& g, int first, const T
 
 template <class F> void gemm(const GemmArgs& args) {
   const GemmArgs g = args;
-  const TokenBlocks blocks(g.rows, block_tokens<F>);
+  const TokenBlocks blocks = token_blocks<F>(g.rows);
   for (int64_t i = 0; i < int64_t{g.count} * g.rows * kTileRows; i++) g.sums[i] = 0;
   if constexpr (kTiles == 2) {
     const bool one_stream = blocks.count == 1 && F::line_k == F::step_k;

@@ -1,39 +1,41 @@
 // One KernelTable per ISA: plain data and function pointers, so that nothing above names a format or an ISA. The arguments
-// are plain structs; the caller owns every pointer. Packed activations and sums are opaque to the caller except for size:
-//   activations of m rows   m * steps 32-bit words, in token blocks: [block][step][token of block]
+// are plain structs; the caller owns every pointer. Packed inputs and sums are opaque to the caller except for size:
+//   inputs of m rows        m * words 32-bit words, in token blocks; see packed_inputs.h
 //   sums of a tile          [row][16] floats
 #pragma once
 #include <cstdint>
 
-#include "format/format.h"
+#include "format/matrix_layout.h"
+#include "format/quantize.h"
 
 namespace hetero {
 
-struct PackArgs {  // rows of x -> packed activations, rounded to the format's activation type
-  const void* x;           // [T, cols] float, or bf16 if x_is_bf16
+struct PackArgs {  // columns [begin, end) of some rows of x -> their place in packed rows, rounded to the format's input type
+  const void* x;           // column `begin` of row 0: float, or bf16 if x_is_bf16
   bool x_is_bf16;
-  const int32_t* tokens;   // which rows of x, [rows]
+  const int32_t* tokens;   // which rows of x, [rows]; null: rows 0, 1, ...
   int rows;
-  int64_t cols, steps;     // steps beyond cols are zero
-  uint32_t* out;
+  int64_t stride;          // of x, in elements
+  int64_t begin, end;      // begin: a multiple of the format's block; end: too, or the last column
+  const MatrixLayout* layout;  // of the matrix whose inputs they are
+  uint32_t* out;           // the packed rows; zeros follow the last column
 };
 
 struct GemmArgs {  // sums[tile][row][16] = W[tile] x[row], one fp32 chain per sum in the order of K
   const uint8_t* tiles;    // `count` neighbouring tiles (1 or 2), 64-byte aligned
-  int64_t tile_bytes, scale_offset;
-  int64_t lines;
+  const MatrixLayout* layout;
   int count;
-  const uint32_t* x;       // packed activations of `rows` rows
+  const uint32_t* x;       // packed rows
   int rows;
   float* sums;
 };
 
-struct SiluMulArgs {  // silu(gate) * up of a tile's 16 intermediate columns -> their place in packed activations
+struct SiluMulArgs {  // silu(gate) * up of a tile's 16 intermediate columns
   const float* gate;       // sums of the gate tile
   const float* up;
   int rows;
-  int64_t tile, steps;     // columns from 16 * tile on, as far as a row of `steps` reaches
-  uint32_t* out;           // packed activations of `rows` rows
+  float* out;
+  int64_t stride;          // of out, in floats
 };
 
 struct AddRowsArgs {  // y[tokens[r]][0..cols) += weights[r] * sums[r], rows in order
@@ -49,13 +51,14 @@ struct AddRowsArgs {  // y[tokens[r]][0..cols) += weights[r] * sums[r], rows in 
 struct FormatKernels {
   void (*pack)(const PackArgs&);
   void (*gemm)(const GemmArgs&);
-  void (*silu_mul)(const SiluMulArgs&);
+  Quantize quantize;       // integer formats, else null
 };
 
 struct KernelTable {
   const char* name;
   uint32_t needs;          // Feature bits
   FormatKernels formats[kFormats];
+  void (*silu_mul)(const SiluMulArgs&);
   void (*add_rows)(const AddRowsArgs&);
 };
 

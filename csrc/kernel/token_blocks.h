@@ -1,11 +1,13 @@
 // Rows are cut evenly into token blocks of at most `most`: 16 = 8 + 8, not 12 + 4. Packing, GEMM and SiLU agree through this.
 // Comes after a vec_*.h, which says how many tokens a block can have.
 #pragma once
+#include "format/format.h"
 
 namespace hetero {
 namespace {
 
 template <class F> constexpr int block_tokens = F::scale_block ? kFoldTokens : kTokens;
+template <IntegerFormat F> constexpr int block_tokens<F> = kDotTokens;
 
 struct TokenBlocks {
   int rows, count;
@@ -13,6 +15,12 @@ struct TokenBlocks {
   int start(int b) const { return b * (rows / count) + (b < rows % count ? b : rows % count); }
   int width(int b) const { return rows / count + (b < rows % count ? 1 : 0); }
 };
+
+// One block of an integer format may be wider than several: it is walked one tile at a time.
+template <class F> TokenBlocks token_blocks(int rows) {
+  if (IntegerFormat<F> && rows <= kFewDotTokens) return {rows, kFewDotTokens};
+  return {rows, block_tokens<F>};
+}
 
 }  // namespace
 }  // namespace hetero

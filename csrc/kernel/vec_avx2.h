@@ -12,9 +12,21 @@ namespace {
 constexpr int kTiles = 1;
 constexpr int kTokens = 4;  // 8 sums + 4 weights + 2 activations of 16 registers
 constexpr int kFoldTokens = 4;
+constexpr int kDotTokens = 4;  // 8 accumulators + 4 weights + 2 activations; the fp32 sums wait in memory
+constexpr int kFewDotTokens = 4;
 
 struct F32 {
   __m256 lo, hi;
+};
+struct I32 {
+  __m256i lo, hi;
+};
+struct Bytes {  // 16-bit lanes: bytes 0 and 2 of each row, and bytes 1 and 3
+  I32 even, odd;
+};
+struct BookChoice {
+  __m128i book[4];
+  I32 bit0, bit1;  // of each row's choice, as the top bit of each of its bytes
 };
 struct Pair {
   F32 even, odd;
@@ -93,7 +105,102 @@ inline F32 dot(F32 acc, F32 w, uint32_t x) { return fma(w, set1(as_float(x)), ac
 inline F32 dot(F32 acc, const Pair& w, uint32_t x) {
   return fma(w.odd, set1(as_float(x & 0xffff0000)), fma(w.even, set1(as_float(x << 16)), acc));
 }
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+// always_inline: gcc 12 takes a function that only prefetches for one without effects, and drops its calls.
+inline __attribute__((always_inline)) void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
+
+inline F32 abs(F32 a) {
+  const __m256 sign = _mm256_set1_ps(-0.f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+inline F32 where_greater(F32 a, F32 b, F32 yes, F32 no) {
+  const auto half = [](__m256 x, __m256 y, __m256 t, __m256 f) { return _mm256_blendv_ps(f, t, _mm256_cmp_ps(x, y, _CMP_GT_OQ)); };
+  return {half(a.lo, b.lo, yes.lo, no.lo), half(a.hi, b.hi, yes.hi, no.hi)};
+}
+inline F32 add_where_greater(F32 sum, F32 a, F32 b, F32 term) {
+  const auto half = [](__m256 s, __m256 x, __m256 y, __m256 t) { return _mm256_add_ps(s, _mm256_and_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ), t)); };
+  return {half(sum.lo, a.lo, b.lo, term.lo), half(sum.hi, a.hi, b.hi, term.hi)};
+}
+inline float greatest(F32 a) {
+  float v[16], most;
+  store(v, a);
+  most = v[0];
+  for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
+  return most;
+}
+inline bool any_nan(F32 a) {
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))) != 0;
+}
+// The half's bits in the float's place are 2^-112 times its value, subnormals included. Finite ones only.
+inline F32 load_fp16(const uint16_t* p) {
+  const auto half = [](const uint16_t* q) {
+    const __m256i h = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+    const __m256 small = floats(_mm256_slli_epi32(_mm256_and_si256(h, _mm256_set1_epi32(0x7fff)), 13));
+    const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(h, _mm256_set1_epi32(0x8000)), 16);
+    return _mm256_or_ps(_mm256_mul_ps(small, _mm256_set1_ps(0x1p112f)), floats(sign));
+  };
+  return {half(p), half(p + 8)};
+}
+
+inline I32 set1_int(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+inline I32 add(I32 a, I32 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+inline I32 times_256(I32 a) { return {_mm256_slli_epi32(a.lo, 8), _mm256_slli_epi32(a.hi, 8)}; }
+inline I32 over_256(I32 a) {
+  const I32 raised = add(a, set1_int(128));
+  return {_mm256_srai_epi32(raised.lo, 8), _mm256_srai_epi32(raised.hi, 8)};
+}
+inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+inline I32 round(F32 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+inline int32_t total(I32 a) {
+  alignas(32) int32_t v[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(v), _mm256_add_epi32(a.lo, a.hi));
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+inline void store_bytes(uint8_t* p, I32 a) {
+  const __m256i byte = _mm256_set1_epi32(255);
+  const __m256i pairs = _mm256_packus_epi32(_mm256_and_si256(a.lo, byte), _mm256_and_si256(a.hi, byte));
+  const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+}
+
+inline Bytes widen_bytes(__m256i lo, __m256i hi) {
+  const __m256i low_bytes = _mm256_set1_epi16(255);
+  return {{_mm256_and_si256(lo, low_bytes), _mm256_and_si256(hi, low_bytes)}, {_mm256_srli_epi16(lo, 8), _mm256_srli_epi16(hi, 8)}};
+}
+inline Bytes load_bytes(const uint8_t* line) { return widen_bytes(half_line(line), half_line(line + 32)); }
+
+inline BookChoice choose_books(const uint8_t* books, const uint16_t* scales) {
+  BookChoice r;
+  for (int i = 0; i < 4; i++) r.book[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(books) + i);
+  const auto top = [&](int half, int bit) {
+    const __m256i h = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 8 * half)));
+    return _mm256_srai_epi32(_mm256_slli_epi32(h, 31 - bit), 31);
+  };
+  r.bit0 = {top(0, 0), top(1, 0)};
+  r.bit1 = {top(0, 1), top(1, 1)};
+  return r;
+}
+inline void look_up(const uint8_t* line, const BookChoice& c, Bytes& low, Bytes& high) {
+  const auto chosen = [&](__m256i code, __m256i bit0, __m256i bit1) {
+    const auto in = [&](int i) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(c.book[i]), code); };
+    return _mm256_blendv_epi8(_mm256_blendv_epi8(in(0), in(1), bit0), _mm256_blendv_epi8(in(2), in(3), bit0), bit1);
+  };
+  const __m256i nibble = _mm256_set1_epi8(15), a = half_line(line), b = half_line(line + 32);
+  const auto upper = [&](__m256i v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble); };
+  low = widen_bytes(chosen(_mm256_and_si256(a, nibble), c.bit0.lo, c.bit1.lo), chosen(_mm256_and_si256(b, nibble), c.bit0.hi, c.bit1.hi));
+  high = widen_bytes(chosen(upper(a), c.bit0.lo, c.bit1.lo), chosen(upper(b), c.bit0.hi, c.bit1.hi));
+}
+// vpmaddubsw would saturate; 16-bit lanes are exact.
+inline I32 dot(I32 acc, const Bytes& w, uint32_t x) {
+  const __m256i four = _mm256_set1_epi32(static_cast<int>(x));
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), odd = _mm256_srai_epi16(four, 8);
+  const auto half = [&](__m256i sum, __m256i a, __m256i b) {
+    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(a, even), _mm256_madd_epi16(b, odd)));
+  };
+  return {half(acc.lo, w.even.lo, w.odd.lo), half(acc.hi, w.even.hi, w.odd.hi)};
+}
 
 }  // namespace
 }  // namespace hetero

@@ -16,9 +16,15 @@ namespace {
 constexpr int kTiles = 2;
 constexpr int kTokens = 12;  // 2 x 12 sums + 2 weights + 1 activation of 32 registers
 constexpr int kFoldTokens = 8;  // 16 sums, since widening needs registers too
+constexpr int kDotTokens = 6;  // 2 x 6 accumulators and as many fp32 sums
+constexpr int kFewDotTokens = 12;  // the same for one tile
 
 struct F32 {
   __m512 v;
+};
+
+struct I32 {
+  __m512i v;
 };
 
 inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -53,7 +59,102 @@ inline void store_bf16(uint16_t* p, F32 a) {
 inline __m512i whole_line(const uint8_t* line) { return _mm512_load_si512(line); }
 inline F32 load_line(const uint8_t* line) { return {floats(whole_line(line))}; }
 inline F32 dot(F32 acc, F32 w, uint32_t x) { return fma(w, set1(as_float(x)), acc); }
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+// always_inline: gcc 12 takes a function that only prefetches for one without effects, and drops its calls.
+inline __attribute__((always_inline)) void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
+
+inline F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
+inline F32 where_greater(F32 a, F32 b, F32 yes, F32 no) {
+  return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), yes.v)};
+}
+inline F32 add_where_greater(F32 sum, F32 a, F32 b, F32 term) {
+  return {_mm512_mask_add_ps(sum.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), sum.v, term.v)};
+}
+inline float greatest(F32 a) { return _mm512_reduce_max_ps(a.v); }
+inline bool any_nan(F32 a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
+inline F32 load_fp16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+
+inline I32 set1_int(int32_t a) { return {_mm512_set1_epi32(a)}; }
+inline I32 add(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I32 times_256(I32 a) { return {_mm512_slli_epi32(a.v, 8)}; }
+inline I32 over_256(I32 a) { return {_mm512_srai_epi32(_mm512_add_epi32(a.v, _mm512_set1_epi32(128)), 8)}; }
+inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I32 round(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline int32_t total(I32 a) { return _mm512_reduce_add_epi32(a.v); }
+inline void store_bytes(uint8_t* p, I32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
+inline __m512i scale_dwords(const uint16_t* scales) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+
+struct Bytes {
+  __m512i v;
+};
+inline Bytes load_bytes(const uint8_t* line) { return {whole_line(line)}; }
+
+struct BookChoice {
+  __m512i books;
+  __m512i index;  // the choice in bits 4 and 5 of each byte; vpermb ignores bits 6 and 7
+};
+inline BookChoice choose_books(const uint8_t* books, const uint16_t* scales) {
+  const __m512i first_of_four = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+  return {whole_line(books), _mm512_shuffle_epi8(_mm512_slli_epi32(scale_dwords(scales), 4), first_of_four)};
+}
+inline void look_up(const uint8_t* line, const BookChoice& c, Bytes& low, Bytes& high) {
+  const __m512i codes = whole_line(line), nibble = _mm512_set1_epi8(15);
+  low.v = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(codes, nibble, c.index, 0xEA), c.books);  // (codes & 15) | index
+  high.v = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 4), nibble, c.index, 0xEA), c.books);
+}
+// gcc 12 copies every accumulator twice around the intrinsic, and spills.
+inline I32 dot(I32 acc, Bytes w, uint32_t x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(_mm512_set1_epi32(static_cast<int>(x))));
+  return acc;
+}
+
+#else
+
+struct Bytes {  // 16-bit lanes: bytes 0 and 2 of each row, and bytes 1 and 3
+  __m512i even, odd;
+};
+inline Bytes widen_bytes(__m512i b) { return {_mm512_and_si512(b, _mm512_set1_epi16(255)), _mm512_srli_epi16(b, 8)}; }
+inline Bytes load_bytes(const uint8_t* line) { return widen_bytes(whole_line(line)); }
+
+struct BookChoice {
+  __m512i book[4];
+  __mmask64 is[4];  // the rows of each book, by byte
+};
+inline BookChoice choose_books(const uint8_t* books, const uint16_t* scales) {
+  BookChoice r;
+  const __m512i dwords = scale_dwords(scales);
+  const __m512i choice = _mm512_and_si512(dwords, _mm512_set1_epi32(3));
+  const __m512i bytes = _mm512_shuffle_epi8(choice, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
+  for (int i = 0; i < 4; i++) {
+    r.book[i] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(books) + i));
+    r.is[i] = _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(static_cast<char>(i)));
+  }
+  return r;
+}
+inline void look_up(const uint8_t* line, const BookChoice& c, Bytes& low, Bytes& high) {
+  const __m512i codes = whole_line(line), nibble = _mm512_set1_epi8(15);
+  const auto chosen = [&](__m512i code) {
+    __m512i r = _mm512_shuffle_epi8(c.book[0], code);
+    for (int i = 1; i < 4; i++) r = _mm512_mask_shuffle_epi8(r, c.is[i], c.book[i], code);
+    return widen_bytes(r);
+  };
+  low = chosen(_mm512_and_si512(codes, nibble));
+  high = chosen(_mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
+}
+// vpmaddubsw would saturate; 16-bit lanes are exact.
+inline I32 dot(I32 acc, const Bytes& w, uint32_t x) {
+  const __m512i four = _mm512_set1_epi32(static_cast<int>(x));
+  const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(four, 8), 8), odd = _mm512_srai_epi16(four, 8);
+  const __m512i sum = _mm512_add_epi32(_mm512_madd_epi16(w.even, even), _mm512_madd_epi16(w.odd, odd));
+  return {_mm512_add_epi32(acc.v, sum)};
+}
+
+#endif
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 

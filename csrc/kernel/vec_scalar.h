@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/bf16.h"
+#include "base/fp16.h"
 #include "base/fp8.h"
 
 namespace hetero {
@@ -13,9 +14,20 @@ namespace {
 constexpr int kTiles = 1;       // tiles of a register block when there are several token blocks
 constexpr int kTokens = 4;      // most tokens of a block
 constexpr int kFoldTokens = 4;  // the same where sums are folded with a scale
+constexpr int kDotTokens = 4;   // the same for integer dots ...
+constexpr int kFewDotTokens = 4;  // ... and where all rows are one block
 
 struct F32 {
   float v[16];
+};
+struct I32 {
+  int32_t v[16];
+};
+struct Bytes {  // four unsigned bytes of each of 16 rows
+  uint8_t v[64];
+};
+struct BookChoice {  // INT4's book of each of 16 rows
+  const uint8_t* book[16];
 };
 struct Pair {  // one bf16 pair (k, k + 1) of each of 16 rows
   F32 even, odd;
@@ -69,6 +81,72 @@ inline F32 dot(F32 acc, const Pair& w, uint32_t x) {
   return fma(w.odd, set1(as_float(x & 0xffff0000)), fma(w.even, set1(as_float(x << 16)), acc));
 }
 inline void prefetch(const uint8_t*) {}
+
+inline F32 abs(F32 a) { return each([&](int i) { return as_float(as_bits(a.v[i]) & 0x7fffffff); }); }
+inline F32 where_greater(F32 a, F32 b, F32 yes, F32 no) {  // a > b ? yes : no, false for NaN
+  return each([&](int i) { return a.v[i] > b.v[i] ? yes.v[i] : no.v[i]; });
+}
+inline F32 add_where_greater(F32 sum, F32 a, F32 b, F32 term) {  // a > b ? sum + term : sum
+  return each([&](int i) { return a.v[i] > b.v[i] ? sum.v[i] + term.v[i] : sum.v[i]; });
+}
+inline float greatest(F32 a) {  // no NaN
+  float most = a.v[0];
+  for (int i = 1; i < 16; i++) most = a.v[i] > most ? a.v[i] : most;
+  return most;
+}
+inline bool any_nan(F32 a) {
+  bool any = false;
+  for (int i = 0; i < 16; i++) any |= a.v[i] != a.v[i];
+  return any;
+}
+inline F32 load_fp16(const uint16_t* p) { return each([&](int i) { return fp16_to_float(p[i]); }); }
+
+template <class Op> inline I32 each_int(Op op) {
+  I32 r;
+  for (int i = 0; i < 16; i++) r.v[i] = op(i);
+  return r;
+}
+inline I32 set1_int(int32_t a) { return each_int([&](int) { return a; }); }
+inline I32 add(I32 a, I32 b) { return each_int([&](int i) { return a.v[i] + b.v[i]; }); }
+inline I32 times_256(I32 a) { return each_int([&](int i) { return a.v[i] * 256; }); }
+inline I32 over_256(I32 a) { return each_int([&](int i) { return (a.v[i] + 128) >> 8; }); }  // rounded, halves up
+inline F32 to_float(I32 a) { return each([&](int i) { return static_cast<float>(a.v[i]); }); }
+inline I32 round(F32 a) {  // to nearest, ties to even; |a| < 2^22
+  return each_int([&](int i) { return static_cast<int32_t>((a.v[i] + 12582912.f) - 12582912.f); });
+}
+inline int32_t total(I32 a) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; i++) sum += a.v[i];
+  return sum;
+}
+inline void store_bytes(uint8_t* p, I32 a) {  // the low byte of each
+  for (int i = 0; i < 16; i++) p[i] = static_cast<uint8_t>(a.v[i]);
+}
+
+inline Bytes load_bytes(const uint8_t* line) {
+  Bytes r;
+  std::memcpy(r.v, line, 64);
+  return r;
+}
+// By the two lowest bits of 16 scales.
+inline BookChoice choose_books(const uint8_t* books, const uint16_t* scales) {
+  BookChoice r;
+  for (int i = 0; i < 16; i++) r.book[i] = books + (scales[i] & 3) * 16;
+  return r;
+}
+inline void look_up(const uint8_t* line, const BookChoice& choice, Bytes& low, Bytes& high) {
+  for (int i = 0; i < 64; i++) {
+    low.v[i] = choice.book[i / 4][line[i] & 15];
+    high.v[i] = choice.book[i / 4][line[i] >> 4];
+  }
+}
+// Exact: each row's four weights times the four signed bytes of x.
+inline I32 dot(I32 acc, const Bytes& w, uint32_t x) {
+  const auto signed_byte = [&](int k) { return static_cast<int8_t>(x >> (8 * k)); };
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 4; k++) acc.v[i] += w.v[4 * i + k] * signed_byte(k);
+  return acc;
+}
 
 }  // namespace
 }  // namespace hetero

@@ -29,6 +29,7 @@ struct WorkerScratch {
   ScratchBuffer<uint32_t> activations;  // packed rows of one panel ...
   int64_t packed_panel = -1;            // ... namely this one of the current call
   ScratchBuffer<float> sums;            // of two tiles and one panel
+  ScratchBuffer<float> products;        // silu(gate) * up of one panel, until enough columns are there to be packed
 };
 
 struct HostPool {
@@ -39,7 +40,7 @@ struct HostPool {
   ThreadPool threads;
   std::mutex turn;
   TokenGroups groups;
-  ScratchBuffer<uint32_t> hidden;  // packed activations of every panel: [sorted pair][steps]
+  ScratchBuffer<uint32_t> hidden;  // packed activations of every panel: [sorted pair][words]
   std::vector<WorkerScratch> workers;
   JobQueue queue;  // last: it drains first, and its jobs use the rest
 };

@@ -17,11 +17,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Tasks of `wanted` units, or smaller ones where a small model would leave threads without any.
 int64_t task_size(int64_t units, int64_t wanted, int64_t threads) { return std::clamp<int64_t>(units / threads, 1, wanted); }
 
-// The first `count` tiles from `tiles` on, times `rows` packed rows.
-GemmArgs product(const uint8_t* tiles, const MatrixLayout& m, int count, const uint32_t* x, int rows, float* sums) {
-  return {tiles, m.tile_bytes, m.scale_offset, m.lines, count, x, rows, sums};
-}
-
 }  // namespace
 
 void MoeLayer::forward(const MoeCall& call) const {
@@ -30,11 +25,12 @@ void MoeLayer::forward(const MoeCall& call) const {
   pool_->groups.sort(call.routing, weights_->resident());
   const Layout& layout = weights_->layout();
   const int64_t pairs = pool_->groups.rows(), panel_rows = std::min<int64_t>(TokenGroups::kPanelRows, pairs);
-  pool_->hidden.reserve(pairs * layout.down.steps);
+  pool_->hidden.reserve(pairs * layout.down.words);
   for (WorkerScratch& worker : pool_->workers) {
-    worker.activations.reserve(panel_rows * layout.gate.steps);
+    worker.activations.reserve(panel_rows * layout.gate.words);
     worker.packed_panel = -1;
     worker.sums.reserve(2 * panel_rows * kTileRows);
+    worker.products.reserve(panel_rows * layout.hidden_block);
   }
   const FormatKernels& kernels = pool_->kernels.formats[static_cast<int>(layout.format)];
   gate_up(call, kernels);
@@ -46,7 +42,8 @@ void MoeLayer::gate_up(const MoeCall& call, const FormatKernels& kernels) const 
   const MatrixLayout& m = layout.gate;
   const TokenGroups& groups = pool_->groups;
   const auto& panels = groups.panels();
-  const int64_t per_task = task_size(m.tiles * panels.size(), kPairsPerTask, pool_->threads.threads());
+  const int64_t block = layout.hidden_block / kTileRows;  // tile pairs that are packed together
+  const int64_t per_task = block * task_size(ceil_div(m.tiles, block) * panels.size(), ceil_div(kPairsPerTask, block), pool_->threads.threads());
   const int64_t per_panel = ceil_div(m.tiles, per_task);
 
   pool_->threads.for_each(per_panel * panels.size(), [&](int worker, int64_t task) {
@@ -55,15 +52,19 @@ void MoeLayer::gate_up(const MoeCall& call, const FormatKernels& kernels) const 
     WorkerScratch& scratch = pool_->workers[worker];
     uint32_t* x = scratch.activations.data();
     if (scratch.packed_panel != p)
-      kernels.pack({call.x, call.x_is_bf16, groups.tokens(panel), panel.rows, m.cols, m.steps, x});
+      kernels.pack({call.x, call.x_is_bf16, groups.tokens(panel), panel.rows, m.cols, 0, m.cols, &m, x});
     scratch.packed_panel = p;
 
     float *gate = scratch.sums.data(), *up = gate + panel.rows * kTileRows;
-    uint32_t* hidden = pool_->hidden.data() + panel.first * layout.down.steps;
+    float* products = scratch.products.data();
+    uint32_t* hidden = pool_->hidden.data() + panel.first * layout.down.words;
     const uint8_t* blob = weights_->blob(panel.expert);
-    for (int64_t t = first; t < std::min(first + per_task, m.tiles); t++) {
-      kernels.gemm(product(blob + t * layout.tile_stride(Layout::kGate), m, 2, x, panel.rows, gate));
-      kernels.silu_mul({gate, up, panel.rows, t, layout.down.steps, hidden});
+    for (int64_t t = first, last = std::min(first + per_task, m.tiles); t < last; t++) {
+      kernels.gemm({blob + t * layout.tile_stride(Layout::kGate), &m, 2, x, panel.rows, gate});
+      pool_->kernels.silu_mul({gate, up, panel.rows, products + t % block * kTileRows, layout.hidden_block});
+      if ((t + 1) % block != 0 && t + 1 != last) continue;
+      const int64_t begin = t / block * layout.hidden_block, end = std::min(begin + layout.hidden_block, m.rows);
+      kernels.pack({products, false, nullptr, panel.rows, layout.hidden_block, begin, end, &layout.down, hidden});
     }
   });
 }
@@ -84,10 +85,10 @@ void MoeLayer::down(const MoeCall& call, const FormatKernels& kernels) const {
     float* sums = pool_->workers[worker].sums.data();
     for (const Panel& panel : panels) {
       const uint8_t* tiles = weights_->blob(panel.expert) + layout.first_tile(Layout::kDown);
-      const uint32_t* x = pool_->hidden.data() + panel.first * m.steps;
+      const uint32_t* x = pool_->hidden.data() + panel.first * m.words;
       for (int64_t t = first; t < last; t += 2) {
         const int count = static_cast<int>(std::min<int64_t>(2, last - t));
-        kernels.gemm(product(tiles + t * m.tile_bytes, m, count, x, panel.rows, sums));
+        kernels.gemm({tiles + t * m.tile_bytes, &m, count, x, panel.rows, sums});
         for (int i = 0; i < count; i++) {
           const int64_t begin = (t + i) * kTileRows;
           const int cols = static_cast<int>(std::min<int64_t>(kTileRows, m.rows - begin));

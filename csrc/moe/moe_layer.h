@@ -2,8 +2,8 @@
 //
 //   y[t] = sum over (e, w) routed to t of  w * down_e( silu(gate_e x_t) * up_e x_t )          fp32 sums
 //
-// Two fork-joins. Job 1, over (panel of an expert's rows, a few tile pairs): gate and up, SiLU and product -> hidden, written
-// straight into the packed form that job 2 reads. Job 2, over a few tiles of y: a worker owns these columns for all tokens
+// Two fork-joins. Job 1, over (panel of an expert's rows, a few tile pairs): gate and up, SiLU and product -> hidden, packed
+// (and quantised) there and then for job 2. Job 2, over a few tiles of y: a worker owns these columns for all tokens
 // and adds every expert's part in ascending order of expert, so y needs no reduction and no row depends on its batch mates
 // or on the number of threads. Both jobs stream an expert's tiles in the order of memory.
 //

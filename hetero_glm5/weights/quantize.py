@@ -31,15 +31,21 @@ class ExpertLayout:
     """Where the weights of one expert are inside its blob.
 
     method: one of METHODS. hidden (H), intermediate (I): any size from 1; gate and up are [I, H], down is [H, I].
+    group: columns of a row that share a scale, 32, 64 or 128, in INT8 (default 128) and INT4 (default 32). book: the
+    16-entry code books of INT4, "gaussian" (the default) or "linear" (-8..7, what imported checkpoints have).
     """
 
     method: str
     hidden: int
     intermediate: int
+    group: int = 0
+    book: str = ""
     _c: _C.ExpertLayout = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_c", _C.ExpertLayout(self.method, self.hidden, self.intermediate))
+        c = _C.ExpertLayout(self.method, self.hidden, self.intermediate, self.group, self.book)
+        for name, value in (("_c", c), ("group", c.group), ("book", c.book)):  # with the format's defaults
+            object.__setattr__(self, name, value)
 
     @property
     def blob_bytes(self) -> int:
@@ -60,7 +66,8 @@ class ExpertLayout:
 
         gate, up [I, H], down [H, I]: float32, bfloat16, float16 (not for FP8), or float8_e4m3fn with scales = fp32
         (gate, up, down) block scales [ceil(rows/128), ceil(cols/128)]. FP8 keeps codes and scales bit for bit; the
-        other methods store value * scale. Releases the GIL. ValueError on a wrong shape, dtype or memory layout.
+        other methods store value * scale, INT8 and INT4 as weights/integers.py says. Releases the GIL.
+        ValueError on a wrong shape, dtype or memory layout, and on a weight that an integer format cannot express.
         """
         target = host_array("blob", blob)
         names = ("gate", "up", "down")
@@ -89,6 +96,8 @@ class ExpertLayout:
         return self._c.down_offset + self._c.down.tiles * self._c.down.tile_bytes
 
     def _unpack_matrix(self, m: _C.MatrixLayout, tiles: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.group:
+            return self._unpack_integers(m, tiles, dtype)
         order = self._c.code_order
         lines = tiles[:, : m.scale_offset].reshape(m.tiles, m.lines, _C.TILE_ROWS, 4).view(_CODES[self.method])
         codes = torch.stack([lines[..., place] for place in order], dim=-1)  # [tiles, lines, 16, line_k]
@@ -98,6 +107,20 @@ class ExpertLayout:
         scales = tiles[:, m.scale_offset :].contiguous().view(torch.float32)[:, : m.scale_cols]  # [tiles, blocks of K]
         scales = scales.repeat_interleave(_C.TILE_ROWS, 0).repeat_interleave(_C.FP8_BLOCK, 1)
         return (rows.float() * scales[: m.rows, : m.cols]).to(dtype)
+
+    def _unpack_integers(self, m: _C.MatrixLayout, tiles: Tensor, dtype: torch.dtype) -> Tensor:
+        codes = tiles[:, : m.scale_offset].reshape(m.tiles, m.lines, _C.TILE_ROWS, 4).transpose(1, 2)
+        scales = tiles[:, m.scale_offset :].contiguous().view(torch.float16)[:, : m.scale_cols * _C.TILE_ROWS]
+        scales = scales.reshape(m.tiles, m.scale_cols, _C.TILE_ROWS).transpose(1, 2)  # [tiles, 16, groups]
+        if self.method == "INT4":
+            codes = torch.stack((codes & 15, codes >> 4), 3)  # [tiles, 16, lines, 2, 4]
+            book = (scales.contiguous().view(torch.int16) & 3).long()[..., None]
+            entry = codes.reshape(m.tiles, _C.TILE_ROWS, m.scale_cols, self.group).long() + _C.BOOK_ENTRIES * book
+            values = torch.tensor(self._c.books, dtype=torch.float32, device=tiles.device)[entry]
+        else:
+            values = codes.reshape(m.tiles, _C.TILE_ROWS, m.scale_cols, self.group).float() - 128
+        weights = (values * scales.float()[..., None]).to(dtype)
+        return weights.reshape(m.tiles * _C.TILE_ROWS, -1)[: m.rows, : m.cols]
 
 
 class PackedExperts:
@@ -154,11 +177,12 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_experts(
-    gate: Tensor, up: Tensor, down: Tensor, method: str = "BF16", scales: Scales | None = None
+    gate: Tensor, up: Tensor, down: Tensor, method: str = "BF16", scales: Scales | None = None, group: int = 0
 ) -> PackedExperts:
     """Packs a whole layer: gate, up [E, I, H], down [E, H, I], any dtype pack_into takes -> PackedExperts of E experts.
 
     FP8 from other dtypes is quantised here, absmax / 448 per 128 x 128 block. scales: for E4M3 sources, fp32 [E, ...].
+    group: of INT8 and INT4, 0 = the format's default.
     """
     if gate.dim() != 3:
         raise ValueError(f"gate has shape {list(gate.shape)}, must be [experts, intermediate, hidden]")
@@ -166,7 +190,7 @@ def pack_experts(
     for name, source, shape in (("up", up, gate.shape), ("down", down, (experts, hidden, intermediate))):
         if source.shape != torch.Size(shape):
             raise ValueError(f"{name} has shape {list(source.shape)}, must be {list(shape)}")
-    packed = PackedExperts(ExpertLayout(method, hidden, intermediate), experts)
+    packed = PackedExperts(ExpertLayout(method, hidden, intermediate, group), experts)
     for expert in range(experts):
         parts = [gate[expert], up[expert], down[expert]]
         block_scales = None if scales is None else [s[expert] for s in scales]

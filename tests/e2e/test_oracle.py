@@ -154,6 +154,23 @@ def test_the_method_follows_the_experts_wherever_they_come_from(checkpoints):
             assert llm.logits(random_ids(20)).isfinite().all()
 
 
+@pytest.mark.parametrize(("method", "error"), [("INT8", 0.01), ("INT4", 0.07)])
+def test_integer_experts_are_near_the_bf16_model(checkpoints, method, error):
+    """On the host, on the device and divided between them. The device computes from the same codes in fp32, so
+    the placements differ among themselves by the rounding of inputs only."""
+    folder = tiny_checkpoint(checkpoints, dtype="bfloat16", index_topk=64, num_experts_per_tok=16)
+    ids = random_ids(50)
+    with LLM(folder, **EXACT, kt_method="BF16") as llm:
+        want = llm.logits(ids)
+    got = []
+    for on_device in (0, 7, 16):
+        with LLM(folder, **EXACT, kt_method=method, kt_num_gpu_experts=on_device) as llm:
+            assert llm.engine.config.kt_method == method
+            got.append(llm.logits(ids))
+        assert ((got[-1] - want).norm() / want.norm()) < error, on_device
+    assert (got[0] - got[2]).norm() / want.norm() < 0.012
+
+
 def test_the_mtp_layer(checkpoints):
     """transformers has no MTP: its model with one layer more holds layer N, which gets z made by hand."""
     folder = tiny_checkpoint(checkpoints)

@@ -15,8 +15,10 @@ SHAPES = [(1, 1), (130, 17), (200, 136), (1100, 24), (24, 1100)]  # hidden, inte
 
 # ||y - ref|| / ||ref|| of a row. The reference rounds where the format rounds (x and hidden to bf16), in float64: what
 # is left is the rounding of fp32 sums (2^-24 per step), and a hidden value that falls on the other side of a bf16 tie:
-# 2^-8, for about one value in a thousand.
-TOLERANCE = {"FP32": 4e-6, "BF16": 6e-4, "FP8": 6e-4}
+# 2^-8, for about one value in a thousand. In the integer formats x and hidden are rounded to multiples of a block's
+# scale: in INT8 a hidden value on the other side of a tie is off by 2^-16 of the block's greatest, in INT4 by 2^-8.
+TOLERANCE = {"FP32": 4e-6, "BF16": 6e-4, "FP8": 6e-4, "INT8": 1e-4, "INT4": 3e-3}
+INPUT_STEPS = {"INT8": (127, 32512), "INT4": (127, 127)}  # of x, of hidden: absmax of 128 values / scale
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,11 +30,11 @@ def one_torch_thread():
     torch.set_num_threads(before)
 
 
-def weights(method: str, hidden: int, intermediate: int) -> PackedExperts:
+def weights(method: str, hidden: int, intermediate: int, group: int = 0) -> PackedExperts:
     g = torch.Generator().manual_seed(1)
     gate, up = (torch.randn((EXPERTS, intermediate, hidden), generator=g) / hidden**0.5 for _ in range(2))
     down = torch.randn((EXPERTS, hidden, intermediate), generator=g) / intermediate**0.5
-    return pack_experts(gate, up, down, method)
+    return pack_experts(gate, up, down, method, group=group)
 
 
 def call(tokens: int, hidden: int, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -47,9 +49,20 @@ def call(tokens: int, hidden: int, seed: int = 0, dtype: torch.dtype = torch.flo
     return x.to(dtype)[1 : tokens + 1], ids, mix
 
 
+def in_blocks(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """float32 [T, K] -> what an integer format makes of it, per token and 128 columns."""
+    blocks = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 128)).unflatten(1, (-1, 128))
+    scale = (blocks.abs().amax(2, keepdim=True) * (torch.ones(()) / steps)).clamp_min(2.0**-40)
+    return ((blocks * (1 / scale)).round().double() * scale).flatten(1)[:, : x.shape[1]]
+
+
 def reference(packed: PackedExperts, x, ids, mix) -> torch.Tensor:
-    def rounded(t):
-        return t if packed.layout.method == "FP32" else t.to(torch.bfloat16)
+    method = packed.layout.method
+
+    def rounded(t, part=0):
+        if method in INPUT_STEPS:
+            return in_blocks(t, INPUT_STEPS[method][part])
+        return t if method == "FP32" else t.to(torch.bfloat16)
 
     y = torch.zeros(x.shape, dtype=torch.float64)
     for expert in packed.resident:
@@ -57,7 +70,7 @@ def reference(packed: PackedExperts, x, ids, mix) -> torch.Tensor:
         tokens, slots = (ids == expert).nonzero(as_tuple=True)
         rows = rounded(x[tokens]).double()
         hidden = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
-        out = rounded(hidden.float()).double() @ down.T
+        out = rounded(hidden.float(), 1).double() @ down.T
         y.index_add_(0, tokens, out * mix[tokens, slots, None].double())
     return y
 
@@ -91,6 +104,16 @@ def test_against_float64(method, isa, hidden, intermediate):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("method", "group"), [("INT8", 32), ("INT8", 64), ("INT4", 64), ("INT4", 128)])
+def test_other_groups_against_float64(method, group, isa):
+    packed = weights(method, 1100, 200, group)
+    experts = CpuExperts(packed, threads=2, isa=isa)
+    for tokens in (1, 12, 33):
+        x, ids, mix = call(tokens, 1100)
+        assert_close(method, forward(experts, x, ids, mix), reference(packed, x, ids, mix))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_depends_on_nothing_but_itself(method, isa):
     """Bit for bit: not on threads, batch mates, token blocks, panels, pieces of K, or where the row stands."""
@@ -111,8 +134,9 @@ def test_a_row_depends_on_nothing_but_itself(method, isa):
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(130, 17), (1100, 40)])
-def test_fp32_gives_the_same_bits_on_every_isa(hidden, intermediate):
-    packed = weights("FP32", hidden, intermediate)
+@pytest.mark.parametrize("method", ["FP32", "INT8", "INT4"])
+def test_the_same_bits_on_every_isa(method, hidden, intermediate):
+    packed = weights(method, hidden, intermediate)
     x, ids, mix = call(33, hidden)
     x *= torch.logspace(-3, 3, 33)[:, None]  # SiLU from linear to saturated
     results = [forward(CpuExperts(packed, 2, isa), x, ids, mix) for isa in ISAS]
@@ -147,6 +171,49 @@ def test_an_e4m3_nan_is_a_nan(isa, code):
     packed = pack_experts(*parts, method="FP8", scales=(torch.ones(1, 1, 1),) * 3)
     y = CpuExperts(packed, 2, isa)(torch.ones(1, 8), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1))
     assert torch.isnan(y).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("method", ["INT8", "INT4"])
+def test_the_greatest_codes_do_not_overflow(method, isa):
+    """Every weight and every input at the end of its range, in one sign: no 16-bit sum holds two products."""
+    n, one = 256, torch.ones(1, 1, dtype=torch.int32)
+    for sign in (1, -1):
+        parts = [torch.full((1, n, n), sign * 4.0), torch.full((1, n, n), 4.0), torch.full((1, n, n), -4.0)]
+        packed = pack_experts(*parts, method=method)
+        x = torch.full((1, n), sign / 1024)  # gate is 1
+        y = CpuExperts(packed, 2, isa)(x, one * 0, one.float())
+        assert_close(method, y, reference(packed, x, one * 0, one.float()))
+
+
+@pytest.mark.parametrize("method", ["INT8", "INT4"])
+def test_blocks_of_very_different_size(method):
+    """Scales of neighbouring blocks of x that are far apart: the running sum changes its unit at each of them."""
+    packed = weights(method, 640, 24)
+    x, ids, mix = call(5, 640)
+    for row, powers in enumerate([(0, 9, -9, 3, 0), (-20, 6, 0, 0, 1), (5, -20, -20, -20, -20), (-30,) * 5]):
+        x[row] *= (10.0 ** torch.tensor(powers)).repeat_interleave(128)
+    x[4, :256] = x[4, 384:512] = 0
+    y, ref = forward(CpuExperts(packed), x, ids, mix), reference(packed, x, ids, mix)
+    assert_close(method, y[[0, 1, 2, 4]], ref[[0, 1, 2, 4]])
+    assert (y[3].abs() < 1e-15).all()
+
+
+# ||y - ref|| / ||ref|| of a layer on N(0, 0.02) weights and N(0, 1) inputs, ref from the original weights. The goals of
+# the integer formats are Q8_0's 0.015 and Q4_K's 0.125.
+LAYER_ERROR = {"BF16": 0.006, "FP8": 0.05, "INT8": 0.015, "INT4": 0.122}
+
+
+@pytest.mark.parametrize("method", LAYER_ERROR)
+def test_error_of_a_layer(method):
+    hidden, intermediate, one = 6144, 256, torch.ones(16, 1)
+    g = torch.Generator().manual_seed(3)
+    gate, up = (0.02 * torch.randn((intermediate, hidden), generator=g) for _ in range(2))
+    down, x = 0.02 * torch.randn((hidden, intermediate), generator=g), torch.randn((16, hidden), generator=g)
+    packed = pack_experts(gate[None], up[None], down[None], method=method)
+    y = CpuExperts(packed)(x, 0 * one.int(), one)
+    ref = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    assert (y - ref).norm() / ref.norm() < LAYER_ERROR[method]
 
 
 @pytest.mark.parametrize("isa", ISAS)

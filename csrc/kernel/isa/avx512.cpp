@@ -1,4 +1,4 @@
-// AVX-512 F, BW, VL, DQ: Skylake-X on; bf16 and E4M3 are widened to fp32.
+// AVX-512 F, BW, VL, DQ: Skylake-X on; bf16 and E4M3 are widened to fp32, bytes to 16 bits.
 #include "kernel/vec_avx512.h"
 // The vector interface comes first: everything below is written over it.
 #include "kernel/gemm.h"

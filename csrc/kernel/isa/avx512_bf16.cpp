@@ -1,4 +1,4 @@
-// AVX-512 with BF16 and VBMI: Sapphire Rapids and Zen 4 on.
+// AVX-512 with BF16, VBMI and VNNI: Sapphire Rapids and Zen 4 on.
 #include "kernel/vec_avx512.h"
 // The vector interface comes first: everything below is written over it.
 #include "kernel/gemm.h"
