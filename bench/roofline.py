@@ -146,19 +146,17 @@ def plot(rows: list[MoeRow], path: Path) -> None:
     """Operations per second over operations per byte: one line of points a layer, under the roofs measured with it."""
     from matplotlib.figure import Figure  # only here: matplotlib is in the `bench` extra
 
-    figure = Figure(figsize=(9, 6))
+    figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="operations / byte", ylabel="GFLOP/s")
     facts = [row.as_dict() for row in rows]
     intensity = np.geomspace(*(edge(fact["ops"] / fact["bytes"] for fact in facts) for edge in (min, max)), 100)
     bandwidth = float(np.median([fact["bandwidth_gb_per_s"] for fact in facts]))
     for instruction in sorted({row.instruction for row in rows}):
         peak = float(np.median([f["peak_gop_per_s"] for f in facts if f["instruction"] == instruction]))
-        axes.plot(
-            intensity, np.minimum(intensity * bandwidth, peak), "--", label=f"{instruction}, {bandwidth:.0f} GB/s"
-        )
+        axes.plot(intensity, np.minimum(intensity * bandwidth, peak), "k--", alpha=0.5)
     for name in dict.fromkeys((row.method, row.layer) for row in rows):
         mine = [fact for fact in facts if (fact["method"], fact["layer"]) == name]
         axes.plot([f["ops"] / f["bytes"] for f in mine], [f["gflop_per_s"] for f in mine], "o-", label=" ".join(name))
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     axes.grid(which="both", alpha=0.3)
     figure.savefig(path, dpi=120)
