@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from moe_case import MoeCase
-from moe_peer import TimedLayer, TorchLoop, quantize_blocks, quantize_rows
+from moe_peer import TimedLayer, TorchLoop, quantize_blocks, quantize_nibbles, quantize_rows
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "moe_peer.py"
 CASE = MoeCase(hidden=128, intermediate=128, experts=6, topk=2)
@@ -28,6 +28,15 @@ def test_quantisers(quantise, bound):
     if scales.shape[1] > 1:
         scales = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
     assert float((codes.float() * scales - weight).norm() / weight.norm()) < bound
+
+
+def test_nibbles():
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    words, scales = quantize_nibbles(weight, group=64)
+    assert words.shape == (32, 32) and words.dtype == torch.int32 and scales.shape == (32, 4)
+    codes = torch.stack([(words >> shift) & 15 for shift in range(0, 32, 4)], -1).view(32, 256) - 8
+    stored = codes * scales.float().repeat_interleave(64, 1)
+    assert float((stored - weight).norm() / weight.norm()) < 0.13
 
 
 def ask(name, *requests):
