@@ -221,7 +221,7 @@ def main() -> None:
     case = MoeCase(**facts["case"])
     try:
         layer = TimedLayer(case, PEERS[name](case, facts["method"], facts["threads"]))
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+    except (ImportError, OSError, RuntimeError, AttributeError, KeyError) as error:
         print(json.dumps({"refused": f"{type(error).__name__}: {error}".splitlines()[0]}), file=out, flush=True)
         return
     print(json.dumps({"ready": True}), file=out, flush=True)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench_moe import against, packed_experts
+from bench_moe import PeerError, PeerProcess, against, packed_experts
 from moe_case import MoeCase
 from roofline import MoeRow, Roof, Sample
 
@@ -51,6 +51,20 @@ def test_a_peer_that_is_not_there_is_one_line(tmp_path):
     assert done.returncode == 0
     assert done.stderr.startswith("bench_moe: kt-kernel BF16 is left out: ") and len(done.stderr.splitlines()) == 1
     assert _C.isas()[0] in done.stdout
+
+
+def test_a_peer_process_answers_and_says_why_it_ended():
+    process = PeerProcess("torch", MoeCase(64, 32, experts=4, topk=2), "BF16", 1, Path(sys.executable))
+    assert process.error(2) < 0.01
+    assert process.seconds(2, draw=1) > 0
+    process.close()
+    with pytest.raises(PeerError, match="ended with status -9"):
+        process.seconds(2, draw=1)
+
+
+def test_a_peer_that_cannot_load_is_refused():
+    with pytest.raises(PeerError, match="FP8"):
+        PeerProcess("torch", MoeCase(64, 32, experts=4, topk=2), "FP8", 1, Path(sys.executable))
 
 
 @pytest.mark.parametrize("option", ["--methods", "--peers", "--isa"])
