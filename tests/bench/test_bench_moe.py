@@ -57,9 +57,10 @@ def test_a_peer_process_answers_and_says_why_it_ended():
     process = PeerProcess("torch", MoeCase(64, 32, experts=4, topk=2), "BF16", 1, Path(sys.executable))
     assert process.error(2) < 0.01
     assert process.seconds(2, draw=1) > 0
-    process.close()
+    process._process.kill()
     with pytest.raises(PeerError, match="ended with status -9"):
         process.seconds(2, draw=1)
+    process.close()
 
 
 def test_a_peer_that_cannot_load_is_refused():
