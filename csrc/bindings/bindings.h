@@ -17,6 +17,7 @@ namespace py = pybind11;
 void bind_cpu(py::module_& m);
 void bind_weights(py::module_& m);
 void bind_moe(py::module_& m);
+void bind_probe(py::module_& m);
 void bind_testing(py::module_& m);
 
 inline std::string shape_text(const py::array& a) {

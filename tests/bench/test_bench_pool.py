@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "bench_pool.py"
+
+
+def test_rows():
+    command = [sys.executable, str(SCRIPT), "--calls", "20", "--threads", "1,3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    fork_joins = {(r["threads"], r["body_us"], r["gap_us"]) for r in rows if r["name"] == "fork_join"}
+    assert fork_joins == {(n, body, gap) for n in (1, 3) for body in (0, 20) for gap in (0, 20, 200, 2000)}
+    assert sum(row["name"] == "job_queue" for row in rows) == 4
+    assert all(row["median_us"] <= row["p99_us"] and row["calls"] == 20 for row in rows)
+    assert all(row["median_us"] > 0 for row in rows if row["body_us"] == 0)
