@@ -93,7 +93,6 @@ void map_blob(const ExpertWeights& weights, int expert, int file, int64_t offset
 void bind_weights(py::module_& m) {
   m.attr("LAYOUT_VERSION") = kLayoutVersion;
   m.attr("TILE_ROWS") = kTileRows;
-  m.attr("LINE_BYTES") = kLineBytes;
   m.attr("BLOB_ALIGN") = kBlobAlign;
   m.attr("FP8_BLOCK") = kScaleBlock;
   m.attr("BOOK_ENTRIES") = kBookEntries;

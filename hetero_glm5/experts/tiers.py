@@ -47,6 +47,7 @@ class ExpertTiers:
 
         def join() -> Tensor:
             if pending is None:
+                assert on_device is not None, f"layer {layer} has experts on neither tier"
                 return on_device
             with clock("host_experts"):
                 on_host = pending().to(x.device)
@@ -82,7 +83,7 @@ def load_tiers(
     with ThreadPoolExecutor(experts.loaders) as loaders:
         for layer in (i for i in source.layers if source.config.is_sparse(i)):
             resident = [e for e in ids if slot_of[layer, e] < 0]
-            packed = PackedExperts.allocate(layout, len(ids), resident)
+            packed = PackedExperts(layout, len(ids), resident)
             for _ in loaders.map(lambda e, packed=packed, layer=layer: place(packed, layer, e), ids):
                 source.tell("experts")
             if resident:

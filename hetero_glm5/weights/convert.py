@@ -85,7 +85,7 @@ class Conversion:
         done, expert_bytes = 0, self.source_bytes // max(1, len(self.todo) * len(experts))
         scratch: SimpleQueue[PackedExperts] = SimpleQueue()
         for _ in range(threads):
-            scratch.put(PackedExperts.allocate(self.layout, 1))
+            scratch.put(PackedExperts(self.layout, 1))
 
         def pack_one(writer: LayerWriter, expert: int) -> None:
             packed = scratch.get()

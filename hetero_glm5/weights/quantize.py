@@ -134,10 +134,6 @@ class PackedExperts:
         self._held = frozenset(self.resident)
         self.weights = _C.ExpertWeights(layout._c, num_experts, list(self.resident))
 
-    @staticmethod
-    def allocate(layout: ExpertLayout, num_experts: int, resident: Sequence[int] | None = None) -> PackedExperts:
-        return PackedExperts(layout, num_experts, resident)
-
     @property
     def bits_per_weight(self) -> float:
         return self.layout.bits_per_weight

@@ -113,7 +113,7 @@ def test_nothing_is_lost_where_the_format_is_kept(checkpoints):
     for fp8, method in ((False, "BF16"), (True, "FP8"), (True, "FP32")):
         checkpoint = Checkpoint(tiny_checkpoint(checkpoints, dtype="bfloat16", fp8=fp8))
         raw = read_expert(checkpoint, 2, 1)
-        packed = PackedExperts.allocate(ExpertLayout(method, 256, 128), 1)
+        packed = PackedExperts(ExpertLayout(method, 256, 128), 1)
         packed.set(0, *raw)
         assert relative_error(raw, packed) == 0.0
         packed.blob(0).zero_()

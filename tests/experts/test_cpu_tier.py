@@ -314,7 +314,7 @@ def test_a_closed_pool_refuses():
     ],
 )
 def test_bad_input_is_refused(change, sentence):
-    packed = PackedExperts.allocate(ExpertLayout("BF16", 24, 17), EXPERTS, resident=[0, 1, 2, 3, 5])
+    packed = PackedExperts(ExpertLayout("BF16", 24, 17), EXPERTS, resident=[0, 1, 2, 3, 5])
     x, ids, mix = call(3, 24)
     arguments = {"x": x, "ids": ids.clamp_min(0) % 4, "mix": mix.nan_to_num(0.5)}
     change(arguments)

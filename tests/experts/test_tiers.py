@@ -38,7 +38,7 @@ def tiers(pool, method, on_device, overlap) -> ExpertTiers:
     slot_of[LAYER, on_device] = np.arange(len(on_device))
     device = GpuExperts(layout, len(on_device), "cpu")
     resident = [e for e in range(EXPERTS) if e not in on_device]
-    packed = PackedExperts.allocate(layout, EXPERTS, resident)
+    packed = PackedExperts(layout, EXPERTS, resident)
     for e in range(EXPERTS):
         layout.pack_into(device.slots[slot_of[LAYER, e]] if e in on_device else packed.blob(e), *WEIGHTS[e])
     host = {LAYER: CpuExperts(packed, pool=pool)} if resident else {}

@@ -61,7 +61,7 @@ def test_a_store_holds_what_the_checkpoint_packs_to(checkpoints, method):
         with safe_open(file.path, "pt") as opened:
             assert opened.keys() == ["experts"] and opened.metadata()["kind"] == "hetero_glm5 packed experts"
             tensor = opened.get_tensor("experts")
-        packed = PackedExperts.allocate(layout, store.experts, [0, 5])
+        packed = PackedExperts(layout, store.experts, [0, 5])
         for expert in range(store.experts):
             source.fill(want, layer, expert)
             store.read(layer, expert, got.fill_(255))

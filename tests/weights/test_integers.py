@@ -45,7 +45,7 @@ def awkward(hidden: int, intermediate: int) -> list[torch.Tensor]:
 
 
 def packed(layout: ExpertLayout, weights) -> PackedExperts:
-    experts = PackedExperts.allocate(layout, 1)
+    experts = PackedExperts(layout, 1)
     experts.blob(0).fill_(0xFF)
     experts.set(0, *weights)
     return experts
@@ -90,7 +90,7 @@ def test_sources_of_every_kind(isa, method):
         assert torch.equal(packed(layout, weights).blob(0), packed(layout, [w.float() for w in weights]).blob(0))
     codes = [(400 * w).to(torch.float8_e4m3fn) for w in gaussian(130, 200)]
     scales = [torch.rand(-(-c.shape[0] // 128), -(-c.shape[1] // 128)) + 0.01 for c in codes]
-    experts = PackedExperts.allocate(layout, 1)
+    experts = PackedExperts(layout, 1)
     experts.set(0, *codes, scales=tuple(scales))
     spread = [s.repeat_interleave(128, 0).repeat_interleave(128, 1) for s in scales]
     weights = [c.float() * s[: c.shape[0], : c.shape[1]] for c, s in zip(codes, spread, strict=True)]

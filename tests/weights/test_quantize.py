@@ -58,7 +58,7 @@ def test_methods():
 def test_float_round_trip(method, source, hidden, intermediate):
     layout = ExpertLayout(method, hidden, intermediate)
     weights = [w.to(source) for w in expert(hidden, intermediate)]
-    packed = PackedExperts.allocate(layout, 1)
+    packed = PackedExperts(layout, 1)
     packed.blob(0).fill_(0xFF)
     packed.set(0, *weights)
     want = [w.float().to(DTYPES[method]) for w in weights]
@@ -71,7 +71,7 @@ def test_float_round_trip(method, source, hidden, intermediate):
 def test_e4m3_sources(method, hidden, intermediate):
     codes, scales = fp8_expert(hidden, intermediate)
     layout = ExpertLayout(method, hidden, intermediate)
-    packed = PackedExperts.allocate(layout, 1)
+    packed = PackedExperts(layout, 1)
     packed.set(0, *codes, scales=scales)
     dtype = DTYPES.get(method, torch.float32)
     want = [dequantized(c, s).to(dtype).float() for c, s in zip(codes, scales, strict=True)]
@@ -83,7 +83,7 @@ def test_fp8_is_bit_exact_for_every_code():
     every = torch.arange(256, dtype=torch.uint8)
     code = every.repeat(256, 1).view(torch.float8_e4m3fn)
     layout = ExpertLayout("FP8", 256, 256)
-    packed = PackedExperts.allocate(layout, 1)
+    packed = PackedExperts(layout, 1)
     packed.set(0, code, code, code, scales=(torch.ones(2, 2),) * 3)
     for got in packed.dequantize(0):
         assert torch.equal(torch.isnan(got), torch.isnan(code.float()))
@@ -151,18 +151,18 @@ def test_pack_experts_keeps_a_checkpoints_codes():
 
 
 def test_residency():
-    packed = PackedExperts.allocate(ExpertLayout("BF16", 16, 16), 8, resident=[6, 1])
+    packed = PackedExperts(ExpertLayout("BF16", 16, 16), 8, resident=[6, 1])
     assert packed.resident == (1, 6)
     packed.set(6, *expert(16, 16))
     with pytest.raises(KeyError, match="expert 2 is not resident: 2 of 8"):
         packed.blob(2)
     for resident, sentence in (([8], "expert 8 is outside 0..7"), ([1, 1], "expert 1 is listed as resident twice")):
         with pytest.raises(ValueError, match=sentence):
-            PackedExperts.allocate(packed.layout, 8, resident)
+            PackedExperts(packed.layout, 8, resident)
 
 
 def test_a_blob_outlives_its_owner():
-    packed = PackedExperts.allocate(ExpertLayout("BF16", 16, 16), 1)
+    packed = PackedExperts(ExpertLayout("BF16", 16, 16), 1)
     blob = packed.blob(0)
     blob.fill_(5)
     del packed
