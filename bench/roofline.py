@@ -143,7 +143,8 @@ def print_row(row: MoeRow, as_json: bool) -> None:
 
 
 def plot(rows: list[MoeRow], path: Path) -> None:
-    """Operations per second over operations per byte: one line of points a layer, under the roofs measured with it."""
+    """Operations per second over operations per byte, under the roofs measured with them: a colour for each format, a
+    marker for each layer."""
     from matplotlib.figure import Figure  # only here: matplotlib is in the `bench` extra
 
     figure = Figure(figsize=(11, 6), layout="constrained")
@@ -154,9 +155,13 @@ def plot(rows: list[MoeRow], path: Path) -> None:
     for instruction in sorted({row.instruction for row in rows}):
         peak = float(np.median([f["peak_gop_per_s"] for f in facts if f["instruction"] == instruction]))
         axes.plot(intensity, np.minimum(intensity * bandwidth, peak), "k--", alpha=0.5)
-    for name in dict.fromkeys((row.method, row.layer) for row in rows):
-        mine = [fact for fact in facts if (fact["method"], fact["layer"]) == name]
-        axes.plot([f["ops"] / f["bytes"] for f in mine], [f["gflop_per_s"] for f in mine], "o-", label=" ".join(name))
+        axes.annotate(instruction, (intensity[-1], peak), ha="right", va="bottom")
+    colours = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(row.method for row in rows))}
+    markers = dict(zip(dict.fromkeys(row.layer for row in rows), "osv^DPX*", strict=False))
+    for method, layer in dict.fromkeys((row.method, row.layer) for row in rows):
+        mine = [fact for fact in facts if (fact["method"], fact["layer"]) == (method, layer)]
+        points = [f["ops"] / f["bytes"] for f in mine], [f["gflop_per_s"] for f in mine]
+        axes.plot(*points, color=colours[method], marker=markers[layer], label=f"{method} {layer}")
     figure.legend(fontsize="small", loc="outside right upper")
     axes.grid(which="both", alpha=0.3)
     figure.savefig(path, dpi=120)
