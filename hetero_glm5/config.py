@@ -238,10 +238,8 @@ class EngineConfig(Flags):
 
     def _check_gpu_flags(self, device: str, notes: list[str]) -> None:
         moves = []
-        if self.kt_gpu_prefill_token_threshold not in ("0", "auto") and int(self.kt_gpu_prefill_token_threshold):
+        if self.kt_gpu_prefill_token_threshold.strip("0"):  # auto, or a number above 0
             moves.append(f"--kt-gpu-prefill-token-threshold {self.kt_gpu_prefill_token_threshold}")
-        if self.kt_gpu_prefill_token_threshold == "auto":
-            moves.append("--kt-gpu-prefill-token-threshold auto")
         if self.kt_enable_dynamic_expert_update:
             moves.append("--kt-enable-dynamic-expert-update")
         why = "both tiers are the same memory" if device == "cpu" else "experts do not move in this version"

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import typing
+from collections.abc import Iterable
 from dataclasses import field
 from typing import Any, TypeVar
 
@@ -61,11 +62,16 @@ def from_args(cls: type[C], args: argparse.Namespace) -> C:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = ".") -> str:
+    """The end of a sentence about an unknown word: the closest known one, or `otherwise`."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else otherwise
+
+
 def nearest_flag(unknown: str, known: list[str]) -> str:
     """A sentence for an unknown flag, with the closest known spelling."""
-    close = difflib.get_close_matches(unknown.split("=")[0], known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]}?" if close else ". --help lists them all."
-    return f"unknown flag {unknown.split('=')[0]}{hint}"
+    name = unknown.split("=")[0]
+    return f"unknown flag {name}{did_you_mean(name, known, '. --help lists them all.')}"
 
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -91,8 +97,7 @@ class Flags:
             if not _fits(value, kind, many):
                 raise ConfigError(f"{name} is {value!r}; it must be {_KINDS[kind]}{' (several)' if many else ''}.")
             if meta["choices"] and value not in meta["choices"]:
-                close = difflib.get_close_matches(str(value), meta["choices"], n=1)
-                hint = f"; did you mean {close[0]}?" if close else "."
+                hint = did_you_mean(value, meta["choices"])
                 raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(meta['choices'])}{hint}")
             if meta["at_least"] is not None and not value >= meta["at_least"]:
                 raise ConfigError(f"{name} is {value}; it must be at least {meta['at_least']}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from hetero_glm5 import hardware
 from hetero_glm5.config import KT_METHODS
 from hetero_glm5.core import UserError
+from hetero_glm5.flags import did_you_mean
 from hetero_glm5.server.progress import LoadDisplay, start_log
 from hetero_glm5.weights.convert import REPORT, Conversion, error_report
 from hetero_glm5.weights.quantize import METHODS
@@ -56,8 +56,7 @@ def method_named(name: str) -> str:
     known = KT_METHODS.get(name.upper())
     if known in METHODS:
         return known
-    close = difflib.get_close_matches(name.upper(), names, n=1)
-    hint = f"; did you mean {close[0]}?" if close else "."
+    hint = did_you_mean(name.upper(), names)
     raise UserError(f"--kt-method is {name!r}; it must be one of {', '.join(METHODS)}{hint}")
 
 
