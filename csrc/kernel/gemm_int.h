@@ -15,8 +15,6 @@
 namespace hetero {
 namespace {
 
-constexpr int kDotPieceK = 2048;  // a multiple of kInputBlock
-
 template <class F> struct DotLine;  // a line as operands of dot(), one per step; `Choice` is made once per group
 template <> struct DotLine<Int8> {
   struct Choice {};
@@ -31,32 +29,42 @@ template <> struct DotLine<Int4> {
   void read(const uint8_t* line, const Choice& choice) { look_up(line, choice, w[0], w[1]); }
 };
 
-struct DotPiece {  // NT tiles x MT tokens x a piece of K
+struct DotPiece {  // NT tiles x MT tokens x a stretch of K
   const uint8_t* w;
   int64_t tile_bytes;
-  const uint16_t* scales;  // of the piece's first group
+  const uint16_t* scales;  // of the stretch's first group
+  int64_t next_scales;     // bytes from there to the scales of the tiles after these
   const uint8_t* books;
-  InputPlace x;            // of the piece's first group and block
-  const float* before;     // scales of the inputs' block before the piece; at K = 0 those of the first
-  const float* last;       // scales of the inputs' last block if the piece ends there, else null
+  InputPlace x;            // of the stretch's first group and block
+  const float* before;     // scales of the inputs' block before the stretch; at K = 0 those of the first
+  const float* last;       // scales of the inputs' last block if the stretch ends there, else null
   float* sums;
   int64_t tile_sums;
   int64_t groups;
   int group_lines, block_groups, parts;
-  const uint8_t* ahead;    // what to prefetch: a token block's share of the weights that come next ...
-  int64_t ahead_step;      // ... in bytes per line read
+  const uint8_t* ahead;    // see Stretch
+  int64_t ahead_step;
 };
 
 template <class F, int NT, int MT> struct DotKernel {
   static constexpr int kSteps = F::line_k / F::step_k, kUnrolled = 4;  // lines; a group has a multiple of them
-  static constexpr int kChains = NT * MT >= 8 ? 1 : NT * MT >= 3 ? 2 : 4;
   using Sums = F32[NT][MT];
-  using Dots = I32[kChains][NT][MT];
+  using Dots = I32[NT][MT];
   using Choices = typename DotLine<F>::Choice[NT];
 
-  static inline __attribute__((always_inline)) void walk(const DotPiece& a, int64_t group, const uint32_t*& x,
-                                                         const Choices& choice, Dots& acc) {
-    const int64_t first = group * a.group_lines;
+  // Of P parts of the inputs with one group of weights, which is read once; the inputs of the parts follow one another.
+  template <int P, bool kFetch> static inline __attribute__((always_inline)) void group_dots(
+      const DotPiece& a, int64_t group, const uint32_t* x, const int32_t* corrections, const Choices& choice, Dots (&dots)[P]) {
+    constexpr int kChains = P * NT * MT >= 8 ? 1 : P * NT * MT >= 3 ? 2 : 4;
+    I32 acc[P][kChains][NT][MT];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; p++)
+      each([&](int i, int m) {
+        acc[p][0][i][m] = set1_int(corrections[p * MT + m]);
+#pragma GCC unroll 4
+        for (int c = 1; c < kChains; c++) acc[p][c][i][m] = set1_int(0);
+      });
+    const int64_t first = group * a.group_lines, part_words = int64_t{a.group_lines} * kSteps * MT;
     const uint8_t *w = a.w + first * kLineBytes, *ahead = a.ahead + first * a.ahead_step;
     for (int n = 0; n < a.group_lines; n += kUnrolled)
 #pragma GCC unroll 4
@@ -64,38 +72,34 @@ template <class F, int NT, int MT> struct DotKernel {
         DotLine<F> line[NT];
 #pragma GCC unroll 2
         for (int i = 0; i < NT; i++) {
-          prefetch(ahead + i * a.tile_bytes);
+          if constexpr (kFetch) prefetch(ahead + i * a.tile_bytes);
           line[i].read(w + i * a.tile_bytes, choice[i]);
         }
 #pragma GCC unroll 2
         for (int s = 0; s < kSteps; s++)
-#pragma GCC unroll 16
-          for (int m = 0; m < MT; m++)
 #pragma GCC unroll 2
-            for (int i = 0; i < NT; i++) {
-            I32& sum = acc[(u * kSteps + s) % kChains][i][m];
-            sum = dot(sum, line[i].w[s], x[s * MT + m]);
-          }
+          for (int p = 0; p < P; p++)
+#pragma GCC unroll 16
+            for (int m = 0; m < MT; m++)
+#pragma GCC unroll 2
+              for (int i = 0; i < NT; i++) {
+                I32& sum = acc[p][(u * kSteps + s) % kChains][i][m];
+                sum = dot(sum, line[i].w[s], x[p * part_words + s * MT + m]);
+              }
       }
-  }
-
-  static inline __attribute__((always_inline)) void start(Dots& acc, const int32_t* corrections) {
-    each([&](int i, int m) {
-      acc[0][i][m] = set1_int(corrections[m]);
+#pragma GCC unroll 2
+    for (int p = 0; p < P; p++)
+      each([&](int i, int m) {
+        dots[p][i][m] = acc[p][0][i][m];
 #pragma GCC unroll 4
-      for (int c = 1; c < kChains; c++) acc[c][i][m] = set1_int(0);
-    });
-  }
-
-  static inline __attribute__((always_inline)) void join(Dots& acc) {
-#pragma GCC unroll 4
-    for (int c = 1; c < kChains; c++) each([&](int i, int m) { acc[0][i][m] = add(acc[0][i][m], acc[c][i][m]); });
+        for (int c = 1; c < kChains; c++) dots[p][i][m] = add(dots[p][i][m], acc[p][c][i][m]);
+      });
   }
 
   static void run(const DotPiece& piece) {
     const DotPiece a = piece;  // a copy: stores through vector types may alias the caller's
     const uint16_t* scales = a.scales;
-    const int64_t tile_scales = a.tile_bytes / sizeof(uint16_t);
+    const int64_t tile_scales = a.tile_bytes / sizeof(uint16_t), part_words = int64_t{a.group_lines} * kSteps * MT;
     const uint32_t* x = a.x.steps;
     const int32_t* corrections = a.x.corrections;
     const float *before = a.before, *block = a.x.scales;
@@ -105,27 +109,29 @@ template <class F, int NT, int MT> struct DotKernel {
       each([&](int i, int m) { sum[i][m] = mul(sum[i][m], mul(set1(before[m]), set1(block[MT + m]))); });
       before = block, block += 2 * MT;
       for (const int64_t end = g + a.block_groups < a.groups ? g + a.block_groups : a.groups; g < end; g++) {
-        Dots acc;
         Choices choice;
 #pragma GCC unroll 2
         for (int i = 0; i < NT; i++) choice[i] = DotLine<F>::choose(a.books, scales + i * tile_scales);
-        start(acc, corrections);
-        walk(a, g, x, choice, acc);
-        join(acc);
-        for (int p = 1; p < (F::hidden_parts == 1 ? 1 : a.parts); p++) {
-          Dots low;
-          start(low, corrections += MT);
-          walk(a, g, x, choice, low);
-          join(low);
-          each([&](int i, int m) { acc[0][i][m] = add(times_256(acc[0][i][m]), low[0][i][m]); });
+        Dots dots[1];
+        if (F::hidden_parts == 1 || a.parts == 1) {
+          group_dots<1, true>(a, g, x, corrections, choice, dots);
+        } else {
+          Dots parts[2];
+          if constexpr (NT * MT <= 6) {
+            group_dots<2, true>(a, g, x, corrections, choice, parts);
+          } else {
+            group_dots<1, true>(a, g, x, corrections, choice, reinterpret_cast<Dots(&)[1]>(parts[0]));
+            group_dots<1, false>(a, g, x + part_words, corrections + MT, choice, reinterpret_cast<Dots(&)[1]>(parts[1]));
+          }
+          each([&](int i, int m) { dots[0][i][m] = add(times_256(parts[0][i][m]), parts[1][i][m]); });
         }
-        corrections += MT;
+        x += part_words * a.parts, corrections += MT * a.parts;
 #pragma GCC unroll 2
         for (int i = 0; i < NT; i++) {
-          prefetch(reinterpret_cast<const uint8_t*>(scales + i * tile_scales) + 1024);  // too thin a stream for the hardware
+          prefetch(reinterpret_cast<const uint8_t*>(scales + i * tile_scales) + a.next_scales);
           const F32 scale = load_fp16(scales + i * tile_scales);
 #pragma GCC unroll 16
-          for (int m = 0; m < MT; m++) sum[i][m] = fma(to_float(acc[0][i][m]), scale, sum[i][m]);
+          for (int m = 0; m < MT; m++) sum[i][m] = fma(to_float(dots[0][i][m]), scale, sum[i][m]);
         }
         scales += kTileRows;
       }
@@ -151,44 +157,37 @@ template <class F, int NT, int... M> constexpr auto dot_kernels(std::integer_seq
 }
 template <class F, int NT> constexpr auto kDotKernels = dot_kernels<F, NT>(std::make_integer_sequence<int, kMostDotTokens<F, NT>>());
 
-template <class F, int NT> void dot_tiles(const GemmArgs& g, int first, const TokenBlocks& blocks) {
+template <class F, int NT> void dot_tiles(const GemmArgs& g, int first, const uint8_t* next, const TokenBlocks& blocks) {
   const MatrixLayout& m = *g.layout;
-  const int group = m.quantization.group;
-  const int64_t piece = kDotPieceK / group, most = m.scale_cols;
+  const int group_lines = m.quantization.group / F::line_k;
   const uint8_t* tile = g.tiles + first * m.tile_bytes;
   DotPiece p;
   p.tile_bytes = m.tile_bytes;
+  p.next_scales = next - tile;
   p.books = m.quantization.books;
   p.tile_sums = int64_t{g.rows} * kTileRows;
-  p.group_lines = group / F::line_k, p.block_groups = kInputBlock / group, p.parts = m.parts;
-  for (int64_t n = 0; n < most; n += piece) {
-    p.w = tile + n * p.group_lines * kLineBytes;
-    p.scales = reinterpret_cast<const uint16_t*>(tile + m.scale_offset) + n * kTileRows;
-    p.groups = most - n < piece ? most - n : piece;
-    // the next piece, or past the scales the next tiles
-    const int64_t bytes = p.groups * p.group_lines * kLineBytes;
-    const uint8_t* next = n + p.groups < most ? p.w + bytes : tile + NT * m.tile_bytes;
-    p.ahead_step = (kLineBytes + blocks.count - 1) / blocks.count;
-    for (int b = 0; b < blocks.count; b++) {
-      const int width = blocks.width(b);
-      const InputPlace row = input_place<F>(const_cast<uint32_t*>(g.x) + blocks.start(b) * m.words, m, width);
-      p.x = row.at(m, n, width);
-      p.before = n == 0 ? row.scales : p.x.scales - 2 * width;
-      p.last = n + p.groups == most ? row.scales + ((most - 1) / p.block_groups) * 2 * width : nullptr;
-      p.sums = g.sums + (int64_t{first} * g.rows + blocks.start(b)) * kTileRows;
-      p.ahead = next + b * (bytes / blocks.count);
-      kDotKernels<F, NT>.run[width - 1](p);
-    }
-  }
+  p.group_lines = group_lines, p.block_groups = kInputBlock / m.quantization.group, p.parts = m.parts;
+  each_stretch<F>(m, tile, next, blocks.count, [&](int b, const Stretch& s) {
+    const int width = blocks.width(b);
+    const int64_t group = s.begin / group_lines;
+    p.w = tile + s.begin * kLineBytes;
+    p.scales = reinterpret_cast<const uint16_t*>(tile + m.scale_offset) + group * kTileRows;
+    p.groups = s.lines / group_lines;
+    const InputPlace row = input_place<F>(const_cast<uint32_t*>(g.x) + blocks.start(b) * m.words, m, width);
+    p.x = row.at(m, group, width);
+    p.before = group == 0 ? row.scales : p.x.scales - 2 * width;
+    p.last = s.begin + s.lines == m.lines ? row.scales + ((m.scale_cols - 1) / p.block_groups) * 2 * width : nullptr;
+    p.sums = g.sums + (int64_t{first} * g.rows + blocks.start(b)) * kTileRows;
+    p.ahead = s.ahead, p.ahead_step = s.ahead_step;
+    kDotKernels<F, NT>.run[width - 1](p);
+  });
 }
 
 template <IntegerFormat F> void gemm_int(const GemmArgs& args) {
   const GemmArgs g = args;
   const TokenBlocks blocks = token_blocks<F>(g.rows);
-  for (int64_t i = 0; i < int64_t{g.count} * g.rows * kTileRows; i++) g.sums[i] = 0;
-  if constexpr (kTiles == 2)
-    if (g.count == 2 && blocks.count > 1) return dot_tiles<F, 2>(g, 0, blocks);
-  for (int t = 0; t < g.count; t++) dot_tiles<F, 1>(g, t, blocks);
+  const bool side_by_side = blocks.count > 1 || g.rows <= kDotTokens;
+  each_tiles(g, side_by_side, [&](auto nt, int first, const uint8_t* next) { dot_tiles<F, nt>(g, first, next, blocks); });
 }
 
 }  // namespace

@@ -28,6 +28,7 @@ struct GemmArgs {  // sums[tile][row][16] = W[tile] x[row], one fp32 chain per s
   const uint32_t* x;       // packed rows
   int rows;
   float* sums;
+  const uint8_t* next;     // the tiles that will be read after these, to prefetch; null: those that follow in memory
 };
 
 struct SiluMulArgs {  // silu(gate) * up of a tile's 16 intermediate columns

@@ -60,7 +60,10 @@ void MoeLayer::gate_up(const MoeCall& call, const FormatKernels& kernels) const 
     uint32_t* hidden = pool_->hidden.data() + panel.first * layout.down.words;
     const uint8_t* blob = weights_->blob(panel.expert);
     for (int64_t t = first, last = std::min(first + per_task, m.tiles); t < last; t++) {
-      kernels.gemm({blob + t * layout.tile_stride(Layout::kGate), &m, 2, x, panel.rows, gate});
+      const uint8_t* pair = blob + t * layout.tile_stride(Layout::kGate);
+      const uint8_t* next = t + 1 < m.tiles ? pair + layout.tile_stride(Layout::kGate)
+                            : p + 1 < static_cast<int64_t>(panels.size()) ? weights_->blob(panels[p + 1].expert) : nullptr;
+      kernels.gemm({pair, &m, 2, x, panel.rows, gate, next});
       pool_->kernels.silu_mul({gate, up, panel.rows, products + t % block * kTileRows, layout.hidden_block});
       if ((t + 1) % block != 0 && t + 1 != last) continue;
       const int64_t begin = t / block * layout.hidden_block, end = std::min(begin + layout.hidden_block, m.rows);
@@ -83,12 +86,17 @@ void MoeLayer::down(const MoeCall& call, const FormatKernels& kernels) const {
     for (int64_t t = 0; t < call.routing.tokens; t++) std::fill_n(call.y + t * m.rows + column, columns, 0.f);
 
     float* sums = pool_->workers[worker].sums.data();
-    for (const Panel& panel : panels) {
-      const uint8_t* tiles = weights_->blob(panel.expert) + layout.first_tile(Layout::kDown);
+    for (size_t p = 0; p < panels.size(); p++) {
+      const Panel& panel = panels[p];
+      const auto first_tile = [&](size_t of) {
+        return weights_->blob(panels[of].expert) + layout.first_tile(Layout::kDown) + first * m.tile_bytes;
+      };
+      const uint8_t* tiles = first_tile(p) - first * m.tile_bytes;
       const uint32_t* x = pool_->hidden.data() + panel.first * m.words;
       for (int64_t t = first; t < last; t += 2) {
         const int count = static_cast<int>(std::min<int64_t>(2, last - t));
-        kernels.gemm({tiles + t * m.tile_bytes, &m, count, x, panel.rows, sums});
+        const uint8_t* next = t + 2 < last ? tiles + (t + 2) * m.tile_bytes : p + 1 < panels.size() ? first_tile(p + 1) : nullptr;
+        kernels.gemm({tiles + t * m.tile_bytes, &m, count, x, panel.rows, sums, next});
         for (int i = 0; i < count; i++) {
           const int64_t begin = (t + i) * kTileRows;
           const int cols = static_cast<int>(std::min<int64_t>(kTileRows, m.rows - begin));
