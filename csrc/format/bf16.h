@@ -1,4 +1,4 @@
-// BF16: bf16 weights, activations rounded to bf16 once, fp32 sums, tile [K/2][16][2]. Error of a weight: 2^-9 relative.
+// BF16: bf16 weights, activations rounded to bf16 once, fp32 sums, tile [K/2][32][2]. Error of a weight: 2^-9 relative.
 #pragma once
 #include "base/bf16.h"
 #include "format/format.h"

@@ -1,9 +1,10 @@
 // What every weight format shares: its number, and the constants of a tile.
 //
-// A tile is 16 output rows. It holds 64-byte lines, each 16 rows x 4 bytes of K, then its scales, padded to a line:
-//   [line][row 0..15][4 bytes of K], [scale of K block 0, 1, ...]
-// so a tile is one contiguous, 64-byte aligned range, which is what vdpbf16ps, vpdpbusd and AMX's B operand read without a
-// shuffle.
+// A tile is 32 output rows. It holds 128-byte lines, each 32 rows x 4 bytes of K, then its scales, padded to a line:
+//   [line][row 0..31][4 bytes of K], [scale of K block 0, 1, ...]
+// so a tile is one contiguous, aligned range, which vdpbf16ps, vpdpbusd and AMX's B operand read without a shuffle. It is two
+// vectors wide because one chain of dots is slower than memory, and two chains from two places lose bandwidth where one
+// ends: 5-15 % where tiles are short.
 //
 // A format is one struct (fp32.h, bf16.h, fp8.h, int8.h, int4.h) of constants and scalar truth, without SIMD:
 //   id, name       number and --kt-method name
@@ -26,8 +27,9 @@ namespace hetero {
 
 enum class Format : int { fp32, bf16, fp8, int8, int4 };
 inline constexpr int kFormats = 5;
-inline constexpr int kTileRows = 16;
-inline constexpr int kLineBytes = 64;
+inline constexpr int kLanes = 16;  // rows that are quantised together: a vector of floats
+inline constexpr int kTileRows = 2 * kLanes;
+inline constexpr int kLineBytes = 4 * kTileRows;
 inline constexpr int kScaleBlock = 128;   // side of the blocks of an FP8 checkpoint that share a scale
 inline constexpr int kInputBlock = 128;   // activations of a token that share a scale in integer formats
 inline constexpr int kLayoutVersion = 1;  // of everything in format/; packed files carry it

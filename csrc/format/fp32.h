@@ -1,4 +1,4 @@
-// FP32: fp32 weights and fp32 activations, tile [K][16]. One FMA chain per (row, token) in the order of K on every ISA,
+// FP32: fp32 weights and fp32 activations, tile [K][32]. One FMA chain per (row, token) in the order of K on every ISA,
 // so that all ISAs give the same bits. Not a speed format: it holds the whole engine to an oracle.
 #pragma once
 #include "format/format.h"

@@ -1,5 +1,5 @@
 // INT4 (W4A8): w = (book[scale & 3][code] - 128) * scale, one signed fp16 scale per row and `group` columns. Tile
-// [K/8][16][4], low nibbles the first four columns, high nibbles the next, then the scales [K/group][16].
+// [K/8][32][4], low nibbles the first four columns, high nibbles the next, then the scales [K/group][32].
 //
 // There are four books of 16 entries, and the two lowest bits of a group's scale say which one it uses: a choice of shape
 // that costs no bits, since a scale needs no 10 bits of mantissa. On Gaussian weights in groups of 32 (error of a weight):

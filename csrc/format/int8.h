@@ -1,5 +1,5 @@
-// INT8 (W8A8): w = (code - 128) * scale, one fp16 scale per row and `group` columns; absmax / 127. Tile [K/4][16][4], then
-// the scales [K/group][16]. Codes are unsigned because vpdpbusd wants one unsigned operand:
+// INT8 (W8A8): w = (code - 128) * scale, one fp16 scale per row and `group` columns; absmax / 127. Tile [K/4][32][4], then
+// the scales [K/group][32]. Codes are unsigned because vpdpbusd wants one unsigned operand:
 //
 //   sum x8 * (code - 128) = sum x8 * code - 128 * sum x8
 //

@@ -2,7 +2,7 @@
 //   gate tile 0, up tile 0, gate tile 1, up tile 1, ...   job 1 streams them in this order
 //   down tile 0, down tile 1, ...                         job 2
 //   zeros up to a multiple of 4096 bytes
-// Rows are padded to 16 and K to a whole line (integer formats: to a whole group) with zero codes. Scale blocks are those of
+// Rows are padded to 32 and K to a whole line (integer formats: to a whole group) with zero codes. Scale blocks are those of
 // the true rows and columns.
 #pragma once
 #include <cstdint>

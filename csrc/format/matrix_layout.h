@@ -13,7 +13,7 @@ struct Quantization {  // integer formats; zeros and null otherwise
 
 struct MatrixLayout {
   int64_t rows, cols;    // true sizes: outputs, inputs
-  int64_t tiles;         // ceil(rows / 16)
+  int64_t tiles;         // ceil(rows / 32)
   int64_t lines;         // of one tile
   int64_t words;         // 32-bit words of one packed input row, padding and scales included
   int64_t scale_cols;    // scales along K: of a tile (FP8) or of each of its rows (integer formats), 0 = none

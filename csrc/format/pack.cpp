@@ -98,18 +98,20 @@ template <class F, class S> class Packer {
   const int64_t scale_cols_ = (m_.cols + kScaleBlock - 1) / kScaleBlock;
 };
 
-// Integer formats: a tile's rows as floats, [column][16] with zeros for padding, then quantised, then put in their places.
+// Integer formats: 16 rows of a tile as floats, [column][16] with zeros for padding, then quantised, then put in their places.
 template <class F, class S> void pack_quantized(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from,
                                                 Quantize quantize, uint8_t* blob) {
   const MatrixLayout& m = layout.matrix(part);
   const int64_t padded = m.scale_cols * m.quantization.group, scale_cols = (m.cols + kScaleBlock - 1) / kScaleBlock;
   const auto* source = static_cast<const typename S::Code*>(from.data);
-  std::vector<float> weights(padded * kTileRows);
-  std::vector<uint8_t> codes(padded * kTileRows);
-  for (int64_t t = 0; t < m.tiles; t++) {
-    uint8_t* tile = blob + layout.first_tile(part) + t * layout.tile_stride(part);
-    std::memset(tile, 0, m.tile_bytes);
-    const int64_t first = t * kTileRows, rows = std::min<int64_t>(kTileRows, m.rows - first);
+  std::vector<float> weights(padded * kLanes);
+  std::vector<uint8_t> codes(padded * kLanes);
+  std::vector<uint16_t> scales(m.scale_cols * kLanes);
+  for (int64_t first = 0; first < m.tiles * kTileRows; first += kLanes) {
+    const int64_t lane = first % kTileRows;
+    uint8_t* tile = blob + layout.first_tile(part) + first / kTileRows * layout.tile_stride(part);
+    if (lane == 0) std::memset(tile, 0, m.tile_bytes);
+    const int64_t rows = std::clamp<int64_t>(m.rows - first, 0, kLanes);
     std::fill(weights.begin(), weights.end(), 0.f);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t row = first + r;
@@ -117,16 +119,17 @@ template <class F, class S> void pack_quantized(const ExpertLayout& layout, Expe
       for (int64_t k = 0; k < m.cols; k++) {
         float value = S::decode(source[row * m.cols + k]);
         if constexpr (std::is_same_v<S, SourceE4m3>) value *= from.scales[row / kScaleBlock * scale_cols + k / kScaleBlock];
-        weights[k * kTileRows + r] = value;
+        weights[k * kLanes + r] = value;
         poison += value * 0;
       }
       CHECK(poison == 0, "row ", row, " of a matrix holds a weight that is NaN or infinite; ", F::name, " cannot express it");
     }
-    auto* scales = reinterpret_cast<uint16_t*>(tile + m.scale_offset);
-    quantize({weights.data(), m.scale_cols, m.quantization.group, m.quantization.books, codes.data(), scales});
+    quantize({weights.data(), m.scale_cols, m.quantization.group, m.quantization.books, codes.data(), scales.data()});
     for (int64_t k = 0; k < padded; k++)
-      for (int64_t r = 0; r < kTileRows; r++)
-        F::put(tile + k / F::line_k * kLineBytes + r * 4, static_cast<int>(k % F::line_k), codes[k * kTileRows + r]);
+      for (int64_t r = 0; r < kLanes; r++)
+        F::put(tile + k / F::line_k * kLineBytes + (lane + r) * 4, static_cast<int>(k % F::line_k), codes[k * kLanes + r]);
+    auto* to = reinterpret_cast<uint16_t*>(tile + m.scale_offset) + lane;
+    for (int64_t g = 0; g < m.scale_cols; g++) std::copy_n(&scales[g * kLanes], kLanes, to + g * kTileRows);
   }
 }
 

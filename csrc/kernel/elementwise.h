@@ -33,22 +33,19 @@ inline F32 silu(F32 g) { return div(g, add(set1(1), exp(sub(set1(0), g)))); }
 inline void silu_mul(const SiluMulArgs& args) {
   const SiluMulArgs a = args;
   for (int r = 0; r < a.rows; r++)
-    store(a.out + r * a.stride, mul(silu(load(a.gate + r * kTileRows)), load(a.up + r * kTileRows)));
+    for (int i = 0; i < kTileRows; i += kLanes)
+      store(a.out + r * a.stride + i, mul(silu(load(a.gate + r * kTileRows + i)), load(a.up + r * kTileRows + i)));
 }
 
 inline void add_rows(const AddRowsArgs& args) {
   const AddRowsArgs a = args;
   for (int r = 0; r < a.rows; r++) {
-    const F32 weight = set1(a.weights[r]), sums = load(a.sums + r * 16);
-    float* y = a.y + a.tokens[r] * a.stride;
-    if (a.cols == 16) {
-      store(y, fma(weight, sums, load(y)));
-      continue;
-    }
-    float some[16] = {};
-    for (int i = 0; i < a.cols; i++) some[i] = y[i];
-    store(some, fma(weight, sums, load(some)));
-    for (int i = 0; i < a.cols; i++) y[i] = some[i];
+    const F32 weight = set1(a.weights[r]);
+    const float* sums = a.sums + r * kTileRows;
+    float some[kTileRows] = {}, *y = a.y + a.tokens[r] * a.stride, *sum = a.cols == kTileRows ? y : some;
+    if (sum == some) for (int i = 0; i < a.cols; i++) some[i] = y[i];
+    for (int i = 0; i < kTileRows; i += kLanes) store(sum + i, fma(weight, load(sums + i), load(sum + i)));
+    if (sum == some) for (int i = 0; i < a.cols; i++) y[i] = some[i];
   }
 }
 

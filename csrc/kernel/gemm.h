@@ -1,8 +1,8 @@
-// sums[tile][row][16] = W[tile] . x[row]: the loop nest, once, over the vector interface of whichever vec_*.h came before.
+// sums[row][32] = W x[row]: the loop nest, once, over the vector interface of whichever vec_*.h came before.
 //
-// A micro-kernel holds (tiles x tokens) sums in registers and walks K. One token block (few rows): every weight is read from
-// memory once, two tiles side by side, prefetched a page ahead; past a tile's end that is what the caller will read next, or
-// each tile would begin with misses. Several token blocks: K is cut into pieces of kPieceK, so that a piece of weights stays
+// A micro-kernel holds (vectors of 16 rows x tokens) sums in registers and walks K. One token block (few rows): every weight
+// is read from memory once, in one sequential stream, prefetched a page ahead; past the tile's end that is what the caller
+// will read next, or each tile would begin with misses. Several token blocks: K is cut into pieces of kPieceK, so that a piece of weights stays
 // in L2 while all token blocks pass over it, each prefetching its share of what follows; the sums wait in memory.
 //
 // One chain per sum in the order of K; with scales, a chain per scale block, folded by one FMA at the block's end. Pieces
@@ -20,6 +20,7 @@ namespace hetero {
 namespace {
 
 template <class F> constexpr int kPieceK = IntegerFormat<F> ? 2048 : 1024;
+constexpr int kVectorBytes = kLineBytes / (kTileRows / kLanes);
 constexpr int kAheadLines = 64;  // a page: half or twice as much cost 1-4 % of bandwidth, the old distance of a piece 8 %
 
 // A format's line as operands of dot(), one per activation step.
@@ -37,7 +38,7 @@ template <> struct Line<Fp8> {
   void read(const uint8_t* line) { load_e4m3(line, w[0], w[1]); }
 };
 
-// Lines of a tile, or of tiles side by side, that a token block walks, and what it prefetches on the way.
+// Lines of a tile that a token block walks, and what it prefetches on the way.
 struct Stretch {
   int64_t begin, lines;
   const uint8_t* ahead;  // with the first line, ...
@@ -59,39 +60,37 @@ template <class F, class Walk> void each_stretch(const MatrixLayout& m, const ui
   }
 }
 
-struct Piece {  // NT tiles x MT tokens x a stretch of K
+struct Piece {  // NV vectors x MT tokens x a stretch of K
   const uint8_t* w;
-  int64_t tile_bytes;
-  const uint8_t* scales;   // of the stretch's first block
-  int64_t next_scales;     // bytes from there to the scales of the tiles after these
-  const uint32_t* x;       // of the stretch's first step
+  const uint8_t* scales;  // of the stretch's first block
+  int64_t next_scales;    // bytes from there to those of the tile after this
+  const uint32_t* x;      // of the stretch's first step
   float* sums;
-  int64_t tile_sums;       // floats between the sums of two tiles
   int64_t lines;
-  const uint8_t* ahead;    // see Stretch
+  const uint8_t* ahead;   // see Stretch
   int64_t ahead_step;
 };
 
-template <class F, int NT, int MT> struct MicroKernel {
+template <class F, int NV, int MT> struct MicroKernel {
   static constexpr int kSteps = F::line_k / F::step_k;
-  using Sums = F32[NT][MT];
+  using Sums = F32[NV][MT];
 
   static inline __attribute__((always_inline)) void walk(const Piece& a, int64_t begin, int64_t end, Sums& acc) {
     const uint8_t *w = a.w + begin * kLineBytes, *ahead = a.ahead + begin * a.ahead_step;
     const uint32_t* x = a.x + begin * kSteps * MT;
     for (int64_t n = begin; n < end; n++, w += kLineBytes, ahead += a.ahead_step, x += kSteps * MT) {
-      Line<F> line[NT];
+      Line<F> line[NV];
 #pragma GCC unroll 2
-      for (int i = 0; i < NT; i++) {
-        prefetch(ahead + i * a.tile_bytes);
-        line[i].read(w + i * a.tile_bytes);
+      for (int i = 0; i < NV; i++) {
+        prefetch(ahead + i * kVectorBytes);
+        line[i].read(w + i * kVectorBytes);
       }
 #pragma GCC unroll 2
       for (int s = 0; s < kSteps; s++)
 #pragma GCC unroll 16
         for (int m = 0; m < MT; m++)
 #pragma GCC unroll 2
-          for (int i = 0; i < NT; i++) acc[i][m] = dot(acc[i][m], line[i].w[s], x[s * MT + m]);
+          for (int i = 0; i < NV; i++) acc[i][m] = dot(acc[i][m], line[i].w[s], x[s * MT + m]);
     }
   }
 
@@ -99,20 +98,20 @@ template <class F, int NT, int MT> struct MicroKernel {
     const Piece a = piece;  // a copy: stores through vector types may alias the caller's
     Sums acc;
     if constexpr (F::scale_block == 0) {
-      each_sum([&](int i, int m) { acc[i][m] = load(a.sums + i * a.tile_sums + m * 16); });
+      each_sum([&](int i, int m) { acc[i][m] = load(a.sums + i * kLanes + m * kTileRows); });
       walk(a, 0, a.lines, acc);
-      each_sum([&](int i, int m) { store(a.sums + i * a.tile_sums + m * 16, acc[i][m]); });
+      each_sum([&](int i, int m) { store(a.sums + i * kLanes + m * kTileRows, acc[i][m]); });
     } else {
       constexpr int64_t block = F::scale_block / F::line_k;
       const uint8_t* scales = a.scales;
       for (int64_t n = 0; n < a.lines; n += block, scales += sizeof(float)) {
         each_sum([&](int i, int m) { acc[i][m] = set1(0); });
         walk(a, n, n + block < a.lines ? n + block : a.lines, acc);
+        prefetch(scales + a.next_scales);
+        const F32 scale = set1(*reinterpret_cast<const float*>(scales));
         each_sum([&](int i, int m) {
-          const uint8_t* scale = scales + i * a.tile_bytes;
-          if (m == 0) prefetch(scale + a.next_scales);
-          float* sum = a.sums + i * a.tile_sums + m * 16;
-          store(sum, fma(acc[i][m], set1(*reinterpret_cast<const float*>(scale)), load(sum)));
+          float* sum = a.sums + i * kLanes + m * kTileRows;
+          store(sum, fma(acc[i][m], scale, load(sum)));
         });
       }
     }
@@ -120,7 +119,7 @@ template <class F, int NT, int MT> struct MicroKernel {
 
   template <class Body> static inline __attribute__((always_inline)) void each_sum(Body body) {
 #pragma GCC unroll 2
-    for (int i = 0; i < NT; i++)
+    for (int i = 0; i < NV; i++)
 #pragma GCC unroll 16
       for (int m = 0; m < MT; m++) body(i, m);
   }
@@ -128,48 +127,38 @@ template <class F, int NT, int MT> struct MicroKernel {
 
 using Kernel = void (*)(const Piece&);
 
-template <class F, int NT> struct Kernels {  // by number of tokens, from 1
+template <class F> struct Kernels {  // by number of tokens, from 1
   Kernel run[block_tokens<F>];
   constexpr Kernels() : Kernels(std::make_integer_sequence<int, block_tokens<F>>()) {}
-  template <int... M> constexpr explicit Kernels(std::integer_sequence<int, M...>) : run{&MicroKernel<F, NT, M + 1>::run...} {}
+  template <int... M> constexpr explicit Kernels(std::integer_sequence<int, M...>) : run{&MicroKernel<F, kVectors, M + 1>::run...} {}
 };
-template <class F, int NT> constexpr Kernels<F, NT> kKernels;
+template <class F> constexpr Kernels<F> kKernels;
 
-template <class F, int NT> void gemm_tiles(const GemmArgs& g, int first, const uint8_t* next, const TokenBlocks& blocks) {
-  constexpr int64_t steps = F::line_k / F::step_k;
-  const MatrixLayout& m = *g.layout;
-  const uint8_t* tile = g.tiles + first * m.tile_bytes;
-  each_stretch<F>(m, tile, next, blocks.count, [&](int b, const Stretch& s) {
-    Piece p;
-    p.w = tile + s.begin * kLineBytes;
-    p.tile_bytes = m.tile_bytes;
-    if constexpr (F::scale_block != 0) {
-      p.scales = tile + m.scale_offset + s.begin * F::line_k / F::scale_block * sizeof(float);
-      p.next_scales = next - tile;
-    }
-    p.x = g.x + (blocks.start(b) * m.lines + s.begin * blocks.width(b)) * steps;
-    p.sums = g.sums + (int64_t{first} * g.rows + blocks.start(b)) * kTileRows;
-    p.tile_sums = int64_t{g.rows} * kTileRows;
-    p.lines = s.lines, p.ahead = s.ahead, p.ahead_step = s.ahead_step;
-    kKernels<F, NT>.run[blocks.width(b) - 1](p);
-  });
-}
-
-// Calls tiles<NT>(first tile, what is read after them): all at once, or one by one.
-template <class Tiles> void each_tiles(const GemmArgs& g, bool side_by_side, Tiles tiles) {
-  const uint8_t* after = g.tiles + g.count * g.layout->tile_bytes;
-  const uint8_t* next = g.next != nullptr ? g.next : after;
-  for (int64_t i = 0; i < int64_t{g.count} * g.rows * kTileRows; i++) g.sums[i] = 0;
-  if constexpr (kTiles == 2)
-    if (g.count == 2 && side_by_side) return tiles(std::integral_constant<int, 2>(), 0, next);
-  for (int t = 0; t < g.count; t++)
-    tiles(std::integral_constant<int, 1>(), t, t + 1 < g.count ? g.tiles + (t + 1) * g.layout->tile_bytes : next);
+// Zeroes the sums, then calls vectors(first vector of the tile, what is prefetched after it) for each kVectors of them.
+template <class Vectors> void each_vectors(const GemmArgs& g, Vectors vectors) {
+  for (int64_t i = 0; i < int64_t{g.rows} * kTileRows; i++) g.sums[i] = 0;
+  for (int v = 0; v < kTileRows / kLanes; v += kVectors) vectors(v, g.next != nullptr ? g.next : g.tile + g.layout->tile_bytes);
 }
 
 template <class F> void gemm(const GemmArgs& args) {
+  constexpr int64_t steps = F::line_k / F::step_k;
   const GemmArgs g = args;
+  const MatrixLayout& m = *g.layout;
   const TokenBlocks blocks = token_blocks<F>(g.rows);
-  each_tiles(g, true, [&](auto nt, int first, const uint8_t* next) { gemm_tiles<F, nt>(g, first, next, blocks); });
+  each_vectors(g, [&](int first, const uint8_t* next) {
+    each_stretch<F>(m, g.tile + first * kVectorBytes, next + first * kVectorBytes, blocks.count, [&](int b, const Stretch& s) {
+      Piece p;
+      p.w = g.tile + s.begin * kLineBytes + first * kVectorBytes;
+      if constexpr (F::scale_block != 0) {
+        p.scales = g.tile + m.scale_offset + s.begin * F::line_k / F::scale_block * sizeof(float);
+        p.next_scales = next - g.tile;
+      }
+      p.x = g.x + (blocks.start(b) * m.lines + s.begin * blocks.width(b)) * steps;
+      p.sums = g.sums + blocks.start(b) * kTileRows + first * kLanes;
+      p.lines = s.lines, p.ahead = s.ahead, p.ahead_step = s.ahead_step;
+      kKernels<F>.run[blocks.width(b) - 1](p);
+    });
+  });
 }
 
 }  // namespace

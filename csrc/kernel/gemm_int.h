@@ -29,34 +29,32 @@ template <> struct DotLine<Int4> {
   void read(const uint8_t* line, const Choice& choice) { look_up(line, choice, w[0], w[1]); }
 };
 
-struct DotPiece {  // NT tiles x MT tokens x a stretch of K
+struct DotPiece {  // NV vectors x MT tokens x a stretch of K
   const uint8_t* w;
-  int64_t tile_bytes;
   const uint16_t* scales;  // of the stretch's first group
-  int64_t next_scales;     // bytes from there to the scales of the tiles after these
+  int64_t next_scales;     // bytes from there to those of the tile after this
   const uint8_t* books;
   InputPlace x;            // of the stretch's first group and block
   const float* before;     // scales of the inputs' block before the stretch; at K = 0 those of the first
   const float* last;       // scales of the inputs' last block if the stretch ends there, else null
   float* sums;
-  int64_t tile_sums;
   int64_t groups;
   int group_lines, block_groups, parts;
   const uint8_t* ahead;    // see Stretch
   int64_t ahead_step;
 };
 
-template <class F, int NT, int MT> struct DotKernel {
+template <class F, int NV, int MT> struct DotKernel {
   static constexpr int kSteps = F::line_k / F::step_k, kUnrolled = 4;  // lines; a group has a multiple of them
-  using Sums = F32[NT][MT];
-  using Dots = I32[NT][MT];
-  using Choices = typename DotLine<F>::Choice[NT];
+  using Sums = F32[NV][MT];
+  using Dots = I32[NV][MT];
+  using Choices = typename DotLine<F>::Choice[NV];
 
   // Of P parts of the inputs with one group of weights, which is read once; the inputs of the parts follow one another.
-  template <int P, bool kFetch> static inline __attribute__((always_inline)) void group_dots(
+  template <int P> static inline __attribute__((always_inline)) void group_dots(
       const DotPiece& a, int64_t group, const uint32_t* x, const int32_t* corrections, const Choices& choice, Dots (&dots)[P]) {
-    constexpr int kChains = P * NT * MT >= 8 ? 1 : P * NT * MT >= 3 ? 2 : 4;
-    I32 acc[P][kChains][NT][MT];
+    constexpr int kChains = P * NV * MT >= 8 ? 1 : P * NV * MT >= 3 ? 2 : 4;
+    I32 acc[P][kChains][NV][MT];
 #pragma GCC unroll 2
     for (int p = 0; p < P; p++)
       each([&](int i, int m) {
@@ -69,11 +67,11 @@ template <class F, int NT, int MT> struct DotKernel {
     for (int n = 0; n < a.group_lines; n += kUnrolled)
 #pragma GCC unroll 4
       for (int u = 0; u < kUnrolled; u++, w += kLineBytes, ahead += a.ahead_step, x += kSteps * MT) {
-        DotLine<F> line[NT];
+        DotLine<F> line[NV];
 #pragma GCC unroll 2
-        for (int i = 0; i < NT; i++) {
-          if constexpr (kFetch) prefetch(ahead + i * a.tile_bytes);
-          line[i].read(w + i * a.tile_bytes, choice[i]);
+        for (int i = 0; i < NV; i++) {
+          prefetch(ahead + i * kVectorBytes);
+          line[i].read(w + i * kVectorBytes, choice[i]);
         }
 #pragma GCC unroll 2
         for (int s = 0; s < kSteps; s++)
@@ -82,7 +80,7 @@ template <class F, int NT, int MT> struct DotKernel {
 #pragma GCC unroll 16
             for (int m = 0; m < MT; m++)
 #pragma GCC unroll 2
-              for (int i = 0; i < NT; i++) {
+              for (int i = 0; i < NV; i++) {
                 I32& sum = acc[p][(u * kSteps + s) % kChains][i][m];
                 sum = dot(sum, line[i].w[s], x[p * part_words + s * MT + m]);
               }
@@ -99,37 +97,37 @@ template <class F, int NT, int MT> struct DotKernel {
   static void run(const DotPiece& piece) {
     const DotPiece a = piece;  // a copy: stores through vector types may alias the caller's
     const uint16_t* scales = a.scales;
-    const int64_t tile_scales = a.tile_bytes / sizeof(uint16_t), part_words = int64_t{a.group_lines} * kSteps * MT;
+    const int64_t part_words = int64_t{a.group_lines} * kSteps * MT;
     const uint32_t* x = a.x.steps;
     const int32_t* corrections = a.x.corrections;
     const float *before = a.before, *block = a.x.scales;
     Sums sum;
-    each([&](int i, int m) { sum[i][m] = load(a.sums + i * a.tile_sums + m * 16); });
+    each([&](int i, int m) { sum[i][m] = load(a.sums + i * kLanes + m * kTileRows); });
     for (int64_t g = 0; g < a.groups;) {
       each([&](int i, int m) { sum[i][m] = mul(sum[i][m], mul(set1(before[m]), set1(block[MT + m]))); });
       before = block, block += 2 * MT;
       for (const int64_t end = g + a.block_groups < a.groups ? g + a.block_groups : a.groups; g < end; g++) {
         Choices choice;
 #pragma GCC unroll 2
-        for (int i = 0; i < NT; i++) choice[i] = DotLine<F>::choose(a.books, scales + i * tile_scales);
+        for (int i = 0; i < NV; i++) choice[i] = DotLine<F>::choose(a.books, scales + i * kLanes);
         Dots dots[1];
         if (F::hidden_parts == 1 || a.parts == 1) {
-          group_dots<1, true>(a, g, x, corrections, choice, dots);
+          group_dots<1>(a, g, x, corrections, choice, dots);
         } else {
           Dots parts[2];
-          if constexpr (NT * MT <= 6) {
-            group_dots<2, true>(a, g, x, corrections, choice, parts);
+          if constexpr (NV * MT <= 6) {
+            group_dots<2>(a, g, x, corrections, choice, parts);
           } else {
-            group_dots<1, true>(a, g, x, corrections, choice, reinterpret_cast<Dots(&)[1]>(parts[0]));
-            group_dots<1, false>(a, g, x + part_words, corrections + MT, choice, reinterpret_cast<Dots(&)[1]>(parts[1]));
+            group_dots<1>(a, g, x, corrections, choice, reinterpret_cast<Dots(&)[1]>(parts[0]));
+            group_dots<1>(a, g, x + part_words, corrections + MT, choice, reinterpret_cast<Dots(&)[1]>(parts[1]));
           }
           each([&](int i, int m) { dots[0][i][m] = add(times_256(parts[0][i][m]), parts[1][i][m]); });
         }
+        prefetch(reinterpret_cast<const uint8_t*>(scales) + a.next_scales);
         x += part_words * a.parts, corrections += MT * a.parts;
 #pragma GCC unroll 2
-        for (int i = 0; i < NT; i++) {
-          prefetch(reinterpret_cast<const uint8_t*>(scales + i * tile_scales) + a.next_scales);
-          const F32 scale = load_fp16(scales + i * tile_scales);
+        for (int i = 0; i < NV; i++) {
+          const F32 scale = load_fp16(scales + i * kLanes);
 #pragma GCC unroll 16
           for (int m = 0; m < MT; m++) sum[i][m] = fma(to_float(dots[0][i][m]), scale, sum[i][m]);
         }
@@ -137,57 +135,49 @@ template <class F, int NT, int MT> struct DotKernel {
       }
     }
     if (a.last != nullptr) each([&](int i, int m) { sum[i][m] = mul(sum[i][m], set1(a.last[m])); });
-    each([&](int i, int m) { store(a.sums + i * a.tile_sums + m * 16, sum[i][m]); });
+    each([&](int i, int m) { store(a.sums + i * kLanes + m * kTileRows, sum[i][m]); });
   }
 
   template <class Body> static inline __attribute__((always_inline)) void each(Body body) {
 #pragma GCC unroll 2
-    for (int i = 0; i < NT; i++)
+    for (int i = 0; i < NV; i++)
 #pragma GCC unroll 16
       for (int m = 0; m < MT; m++) body(i, m);
   }
 };
 
-template <class F, int NT> constexpr int kMostDotTokens = NT == 1 ? kFewDotTokens : kDotTokens;
-template <class F, int NT, int... M> constexpr auto dot_kernels(std::integer_sequence<int, M...>) {
+template <class F, int... M> constexpr auto dot_kernels(std::integer_sequence<int, M...>) {
   struct Table {
     void (*run[sizeof...(M)])(const DotPiece&);
   };
-  return Table{{&DotKernel<F, NT, M + 1>::run...}};
+  return Table{{&DotKernel<F, kVectors, M + 1>::run...}};
 }
-template <class F, int NT> constexpr auto kDotKernels = dot_kernels<F, NT>(std::make_integer_sequence<int, kMostDotTokens<F, NT>>());
-
-template <class F, int NT> void dot_tiles(const GemmArgs& g, int first, const uint8_t* next, const TokenBlocks& blocks) {
-  const MatrixLayout& m = *g.layout;
-  const int group_lines = m.quantization.group / F::line_k;
-  const uint8_t* tile = g.tiles + first * m.tile_bytes;
-  DotPiece p;
-  p.tile_bytes = m.tile_bytes;
-  p.next_scales = next - tile;
-  p.books = m.quantization.books;
-  p.tile_sums = int64_t{g.rows} * kTileRows;
-  p.group_lines = group_lines, p.block_groups = kInputBlock / m.quantization.group, p.parts = m.parts;
-  each_stretch<F>(m, tile, next, blocks.count, [&](int b, const Stretch& s) {
-    const int width = blocks.width(b);
-    const int64_t group = s.begin / group_lines;
-    p.w = tile + s.begin * kLineBytes;
-    p.scales = reinterpret_cast<const uint16_t*>(tile + m.scale_offset) + group * kTileRows;
-    p.groups = s.lines / group_lines;
-    const InputPlace row = input_place<F>(const_cast<uint32_t*>(g.x) + blocks.start(b) * m.words, m, width);
-    p.x = row.at(m, group, width);
-    p.before = group == 0 ? row.scales : p.x.scales - 2 * width;
-    p.last = s.begin + s.lines == m.lines ? row.scales + ((m.scale_cols - 1) / p.block_groups) * 2 * width : nullptr;
-    p.sums = g.sums + (int64_t{first} * g.rows + blocks.start(b)) * kTileRows;
-    p.ahead = s.ahead, p.ahead_step = s.ahead_step;
-    kDotKernels<F, NT>.run[width - 1](p);
-  });
-}
+template <class F> constexpr auto kDotKernels = dot_kernels<F>(std::make_integer_sequence<int, kDotTokens>());
 
 template <IntegerFormat F> void gemm_int(const GemmArgs& args) {
   const GemmArgs g = args;
+  const MatrixLayout& m = *g.layout;
   const TokenBlocks blocks = token_blocks<F>(g.rows);
-  const bool side_by_side = blocks.count > 1 || g.rows <= kDotTokens;
-  each_tiles(g, side_by_side, [&](auto nt, int first, const uint8_t* next) { dot_tiles<F, nt>(g, first, next, blocks); });
+  DotPiece p;
+  p.books = m.quantization.books;
+  p.group_lines = m.quantization.group / F::line_k, p.block_groups = kInputBlock / m.quantization.group, p.parts = m.parts;
+  each_vectors(g, [&](int first, const uint8_t* next) {
+    p.next_scales = next - g.tile;
+    each_stretch<F>(m, g.tile + first * kVectorBytes, next + first * kVectorBytes, blocks.count, [&](int b, const Stretch& s) {
+      const int width = blocks.width(b);
+      const int64_t group = s.begin / p.group_lines;
+      p.w = g.tile + s.begin * kLineBytes + first * kVectorBytes;
+      p.scales = reinterpret_cast<const uint16_t*>(g.tile + m.scale_offset) + group * kTileRows + first * kLanes;
+      p.groups = s.lines / p.group_lines;
+      const InputPlace row = input_place<F>(const_cast<uint32_t*>(g.x) + blocks.start(b) * m.words, m, width);
+      p.x = row.at(m, group, width);
+      p.before = group == 0 ? row.scales : p.x.scales - 2 * width;
+      p.last = s.begin + s.lines == m.lines ? row.scales + ((m.scale_cols - 1) / p.block_groups) * 2 * width : nullptr;
+      p.sums = g.sums + blocks.start(b) * kTileRows + first * kLanes;
+      p.ahead = s.ahead, p.ahead_step = s.ahead_step;
+      kDotKernels<F>.run[width - 1](p);
+    });
+  });
 }
 
 }  // namespace

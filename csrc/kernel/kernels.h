@@ -1,7 +1,7 @@
 // One KernelTable per ISA: plain data and function pointers, so that nothing above names a format or an ISA. The arguments
 // are plain structs; the caller owns every pointer. Packed inputs and sums are opaque to the caller except for size:
 //   inputs of m rows        m * words 32-bit words, in token blocks; see packed_inputs.h
-//   sums of a tile          [row][16] floats
+//   sums of a tile          [row][32] floats
 #pragma once
 #include <cstdint>
 
@@ -21,17 +21,16 @@ struct PackArgs {  // columns [begin, end) of some rows of x -> their place in p
   uint32_t* out;           // the packed rows; zeros follow the last column
 };
 
-struct GemmArgs {  // sums[tile][row][16] = W[tile] x[row], one fp32 chain per sum in the order of K
-  const uint8_t* tiles;    // `count` neighbouring tiles (1 or 2), 64-byte aligned
+struct GemmArgs {  // sums[row][32] = W x[row], one fp32 chain per sum in the order of K
+  const uint8_t* tile;
   const MatrixLayout* layout;
-  int count;
   const uint32_t* x;       // packed rows
   int rows;
   float* sums;
-  const uint8_t* next;     // the tiles that will be read after these, to prefetch; null: those that follow in memory
+  const uint8_t* next;     // the tile that will be read after this one, to prefetch; null: the one that follows in memory
 };
 
-struct SiluMulArgs {  // silu(gate) * up of a tile's 16 intermediate columns
+struct SiluMulArgs {  // silu(gate) * up of a tile's 32 intermediate columns
   const float* gate;       // sums of the gate tile
   const float* up;
   int rows;
@@ -46,7 +45,7 @@ struct AddRowsArgs {  // y[tokens[r]][0..cols) += weights[r] * sums[r], rows in 
   const float* weights;
   float* y;                // of token 0, at the tile's first column
   int64_t stride;          // of y, in floats
-  int cols;                // 1..16
+  int cols;                // 1..32
 };
 
 struct FormatKernels {

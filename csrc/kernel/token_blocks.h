@@ -16,11 +16,7 @@ struct TokenBlocks {
   int width(int b) const { return rows / count + (b < rows % count ? 1 : 0); }
 };
 
-// One block of an integer format may be wider than several: it is walked one tile at a time.
-template <class F> TokenBlocks token_blocks(int rows) {
-  if (IntegerFormat<F> && rows <= kFewDotTokens) return {rows, kFewDotTokens};
-  return {rows, block_tokens<F>};
-}
+template <class F> TokenBlocks token_blocks(int rows) { return {rows, block_tokens<F>}; }
 
 }  // namespace
 }  // namespace hetero

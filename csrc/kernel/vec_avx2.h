@@ -9,11 +9,10 @@
 namespace hetero {
 namespace {
 
-constexpr int kTiles = 1;
+constexpr int kVectors = 1;
 constexpr int kTokens = 4;  // 8 sums + 4 weights + 2 activations of 16 registers
 constexpr int kFoldTokens = 4;
 constexpr int kDotTokens = 4;  // 8 accumulators + 4 weights + 2 activations; the fp32 sums wait in memory
-constexpr int kFewDotTokens = 4;
 
 struct F32 {
   __m256 lo, hi;

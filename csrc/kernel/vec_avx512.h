@@ -13,11 +13,10 @@
 namespace hetero {
 namespace {
 
-constexpr int kTiles = 2;
+constexpr int kVectors = 2;
 constexpr int kTokens = 12;  // 2 x 12 sums + 2 weights + 1 activation of 32 registers
 constexpr int kFoldTokens = 8;  // 16 sums, since widening needs registers too
 constexpr int kDotTokens = 6;  // 2 x 6 accumulators and as many fp32 sums
-constexpr int kFewDotTokens = 12;  // the same for one tile
 
 struct F32 {
   __m512 v;

@@ -11,11 +11,10 @@
 namespace hetero {
 namespace {
 
-constexpr int kTiles = 1;       // tiles of a register block when there are several token blocks
+constexpr int kVectors = 1;     // vectors of 16 rows side by side in a register block: 1, or the tile's 2
 constexpr int kTokens = 4;      // most tokens of a block
 constexpr int kFoldTokens = 4;  // the same where sums are folded with a scale
-constexpr int kDotTokens = 4;   // the same for integer dots ...
-constexpr int kFewDotTokens = 4;  // ... and where all rows are one block
+constexpr int kDotTokens = 4;   // the same for integer dots
 
 struct F32 {
   float v[16];

@@ -7,8 +7,9 @@ namespace {
 
 using Layout = ExpertLayout;
 
-constexpr int64_t kPairsPerTask = 4;    // gate/up tile pairs: 1.5 MiB of BF16 at GLM-5's size, 0.1 ms at 20 GB/s a thread
-constexpr int64_t kFewTiles = 4;        // down tiles of a task while reading weights dominates
+
+constexpr int64_t kPairsPerTask = 16;   // gate/up tile pairs: long runs, since each begins with misses
+constexpr int64_t kFewTiles = 16;       // down tiles of a task while reading weights dominates
 constexpr int64_t kManyTiles = 16;      // ... while re-reading hidden rows would
 constexpr int64_t kManyRowsPerExpert = 16;
 
@@ -60,10 +61,11 @@ void MoeLayer::gate_up(const MoeCall& call, const FormatKernels& kernels) const 
     uint32_t* hidden = pool_->hidden.data() + panel.first * layout.down.words;
     const uint8_t* blob = weights_->blob(panel.expert);
     for (int64_t t = first, last = std::min(first + per_task, m.tiles); t < last; t++) {
-      const uint8_t* pair = blob + t * layout.tile_stride(Layout::kGate);
-      const uint8_t* next = t + 1 < m.tiles ? pair + layout.tile_stride(Layout::kGate)
+      const uint8_t* tile = blob + t * layout.tile_stride(Layout::kGate);
+      const uint8_t* next = t + 1 < m.tiles ? tile + layout.tile_stride(Layout::kGate)
                             : p + 1 < static_cast<int64_t>(panels.size()) ? weights_->blob(panels[p + 1].expert) : nullptr;
-      kernels.gemm({pair, &m, 2, x, panel.rows, gate, next});
+      kernels.gemm({tile, &m, x, panel.rows, gate, nullptr});
+      kernels.gemm({tile + m.tile_bytes, &m, x, panel.rows, up, next});
       pool_->kernels.silu_mul({gate, up, panel.rows, products + t % block * kTileRows, layout.hidden_block});
       if ((t + 1) % block != 0 && t + 1 != last) continue;
       const int64_t begin = t / block * layout.hidden_block, end = std::min(begin + layout.hidden_block, m.rows);
@@ -93,16 +95,11 @@ void MoeLayer::down(const MoeCall& call, const FormatKernels& kernels) const {
       };
       const uint8_t* tiles = first_tile(p) - first * m.tile_bytes;
       const uint32_t* x = pool_->hidden.data() + panel.first * m.words;
-      for (int64_t t = first; t < last; t += 2) {
-        const int count = static_cast<int>(std::min<int64_t>(2, last - t));
-        const uint8_t* next = t + 2 < last ? tiles + (t + 2) * m.tile_bytes : p + 1 < panels.size() ? first_tile(p + 1) : nullptr;
-        kernels.gemm({tiles + t * m.tile_bytes, &m, count, x, panel.rows, sums, next});
-        for (int i = 0; i < count; i++) {
-          const int64_t begin = (t + i) * kTileRows;
-          const int cols = static_cast<int>(std::min<int64_t>(kTileRows, m.rows - begin));
-          pool_->kernels.add_rows({sums + i * panel.rows * kTileRows, panel.rows, groups.tokens(panel), groups.weights(panel),
-                                   call.y + begin, m.rows, cols});
-        }
+      for (int64_t t = first; t < last; t++) {
+        const uint8_t* next = t + 1 < last ? tiles + (t + 1) * m.tile_bytes : p + 1 < panels.size() ? first_tile(p + 1) : nullptr;
+        kernels.gemm({tiles + t * m.tile_bytes, &m, x, panel.rows, sums, next});
+        const int cols = static_cast<int>(std::min<int64_t>(kTileRows, m.rows - t * kTileRows));
+        pool_->kernels.add_rows({sums, panel.rows, groups.tokens(panel), groups.weights(panel), call.y + t * kTileRows, m.rows, cols});
       }
     }
   });

@@ -1,6 +1,6 @@
 """Weight formats of routed experts: packing into blobs, and reading them back.
 
-An expert is one contiguous blob of tiles (16 output rows, 4 bytes of K innermost), the same bytes for every ISA, for
+An expert is one contiguous blob of tiles (32 output rows, 4 bytes of K innermost), the same bytes for every ISA, for
 both devices and on disk. The layout is defined once, in csrc/format; this module drives it and holds the packed experts
 of a layer. `ExpertLayout.unpack` reads the same bytes by torch operations, on devices the C++ code cannot reach.
 """
@@ -100,7 +100,7 @@ class ExpertLayout:
             return self._unpack_integers(m, tiles, dtype)
         order = self._c.code_order
         lines = tiles[:, : m.scale_offset].reshape(m.tiles, m.lines, _C.TILE_ROWS, 4).view(_CODES[self.method])
-        codes = torch.stack([lines[..., place] for place in order], dim=-1)  # [tiles, lines, 16, line_k]
+        codes = torch.stack([lines[..., place] for place in order], dim=-1)  # [tiles, lines, 32, line_k]
         rows = codes.transpose(1, 2).reshape(m.tiles * _C.TILE_ROWS, -1)[: m.rows, : m.cols]
         if m.scale_cols == 0:
             return rows.to(dtype)
@@ -111,9 +111,9 @@ class ExpertLayout:
     def _unpack_integers(self, m: _C.MatrixLayout, tiles: Tensor, dtype: torch.dtype) -> Tensor:
         codes = tiles[:, : m.scale_offset].reshape(m.tiles, m.lines, _C.TILE_ROWS, 4).transpose(1, 2)
         scales = tiles[:, m.scale_offset :].contiguous().view(torch.float16)[:, : m.scale_cols * _C.TILE_ROWS]
-        scales = scales.reshape(m.tiles, m.scale_cols, _C.TILE_ROWS).transpose(1, 2)  # [tiles, 16, groups]
+        scales = scales.reshape(m.tiles, m.scale_cols, _C.TILE_ROWS).transpose(1, 2)  # [tiles, 32, groups]
         if self.method == "INT4":
-            codes = torch.stack((codes & 15, codes >> 4), 3)  # [tiles, 16, lines, 2, 4]
+            codes = torch.stack((codes & 15, codes >> 4), 3)  # [tiles, 32, lines, 2, 4]
             book = (scales.contiguous().view(torch.int16) & 3).long()[..., None]
             entry = codes.reshape(m.tiles, _C.TILE_ROWS, m.scale_cols, self.group).long() + _C.BOOK_ENTRIES * book
             values = torch.tensor(self._c.books, dtype=torch.float32, device=tiles.device)[entry]

@@ -113,12 +113,12 @@ def test_layout_sizes(method):
 
 
 def test_gate_and_up_tiles_alternate():
-    layout = ExpertLayout("BF16", 2, 32)
+    layout = ExpertLayout("BF16", 2, 64)
     blob = poisoned(layout)
-    layout.pack_into(blob, torch.full((32, 2), 1.0), torch.full((32, 2), 2.0), torch.full((2, 32), 3.0))
+    layout.pack_into(blob, torch.full((64, 2), 1.0), torch.full((64, 2), 2.0), torch.full((2, 64), 3.0))
     values = blob.view(torch.bfloat16).float()
-    assert values[:128].view(4, 32).unique(dim=1).tolist() == [[1], [2], [1], [2]]
-    assert values[128:160].tolist() == [3.0] * 4 + [0.0] * 28  # K pair 0 of 2 rows, 14 rows of padding
+    assert values[:256].view(4, 64).unique(dim=1).tolist() == [[1], [2], [1], [2]]
+    assert values[256:320].tolist() == [3.0] * 4 + [0.0] * 60  # K pair 0 of 2 rows, 30 rows of padding
 
 
 def test_quantize_fp8_against_its_definition():
