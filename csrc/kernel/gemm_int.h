@@ -5,9 +5,9 @@
 //   at each group of weights      sum += float(dots) * scale of the group
 //   at the end                    sum *= scale of the last block
 // so a block costs one multiplication, where a second level of sums would cost registers or memory traffic. dots starts at
-// -128 * sum of the inputs (weights are stored + 128); with inputs in two parts (256 * high + low) the group's lines are
-// walked twice and the first sum is shifted. Integer sums are exact, so few tokens share several chains of dots. |dots| <= 128 * 128 * 32640 < 2^30. Everything else is as in gemm.h: every
-// blocking gives the same bits.
+// -128 * sum of the inputs (weights are stored + 128). Inputs in two parts, 256 * high + low, are two dots and two such FMAs,
+// the first with 256 * scale. Integer sums are exact, so few tokens share several chains of dots. Everything else is as in
+// gemm.h: every blocking gives the same bits.
 #pragma once
 #include "kernel/gemm.h"
 #include "kernel/packed_inputs.h"
@@ -94,6 +94,15 @@ template <class F, int NV, int MT> struct DotKernel {
       });
   }
 
+  static inline __attribute__((always_inline)) void fold(const Dots& dots, const uint16_t* scales, float unit, Sums& sum) {
+#pragma GCC unroll 2
+    for (int i = 0; i < NV; i++) {
+      const F32 scale = mul(load_fp16(scales + i * kLanes), set1(unit));
+#pragma GCC unroll 16
+      for (int m = 0; m < MT; m++) sum[i][m] = fma(to_float(dots[i][m]), scale, sum[i][m]);
+    }
+  }
+
   static void run(const DotPiece& piece) {
     const DotPiece a = piece;  // a copy: stores through vector types may alias the caller's
     const uint16_t* scales = a.scales;
@@ -110,28 +119,24 @@ template <class F, int NV, int MT> struct DotKernel {
         Choices choice;
 #pragma GCC unroll 2
         for (int i = 0; i < NV; i++) choice[i] = DotLine<F>::choose(a.books, scales + i * kLanes);
-        Dots dots[1];
-        if (F::hidden_parts == 1 || a.parts == 1) {
-          group_dots<1>(a, g, x, corrections, choice, dots);
-        } else {
-          Dots parts[2];
-          if constexpr (NV * MT <= 6) {
-            group_dots<2>(a, g, x, corrections, choice, parts);
-          } else {
-            group_dots<1>(a, g, x, corrections, choice, reinterpret_cast<Dots(&)[1]>(parts[0]));
-            group_dots<1>(a, g, x + part_words, corrections + MT, choice, reinterpret_cast<Dots(&)[1]>(parts[1]));
-          }
-          each([&](int i, int m) { dots[0][i][m] = add(times_256(parts[0][i][m]), parts[1][i][m]); });
-        }
         prefetch(reinterpret_cast<const uint8_t*>(scales) + a.next_scales);
-        x += part_words * a.parts, corrections += MT * a.parts;
-#pragma GCC unroll 2
-        for (int i = 0; i < NV; i++) {
-          const F32 scale = load_fp16(scales + i * kLanes);
-#pragma GCC unroll 16
-          for (int m = 0; m < MT; m++) sum[i][m] = fma(to_float(dots[0][i][m]), scale, sum[i][m]);
+        if (F::hidden_parts == 1 || a.parts == 1) {
+          Dots dots[1];
+          group_dots(a, g, x, corrections, choice, dots);
+          fold(dots[0], scales, 1, sum);
+        } else if constexpr (NV * MT <= 6) {
+          Dots dots[2];
+          group_dots(a, g, x, corrections, choice, dots);
+          fold(dots[0], scales, 256, sum);
+          fold(dots[1], scales, 1, sum);
+        } else {
+          for (int p = 0; p < 2; p++) {
+            Dots dots[1];
+            group_dots(a, g, x + p * part_words, corrections + p * MT, choice, dots);
+            fold(dots[0], scales, p == 0 ? 256 : 1, sum);
+          }
         }
-        scales += kTileRows;
+        x += part_words * a.parts, corrections += MT * a.parts, scales += kTileRows;
       }
     }
     if (a.last != nullptr) each([&](int i, int m) { sum[i][m] = mul(sum[i][m], set1(a.last[m])); });

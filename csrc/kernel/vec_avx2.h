@@ -144,7 +144,6 @@ inline F32 load_fp16(const uint16_t* p) {
 
 inline I32 set1_int(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
 inline I32 add(I32 a, I32 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
-inline I32 times_256(I32 a) { return {_mm256_slli_epi32(a.lo, 8), _mm256_slli_epi32(a.hi, 8)}; }
 inline I32 over_256(I32 a) {
   const I32 raised = add(a, set1_int(128));
   return {_mm256_srai_epi32(raised.lo, 8), _mm256_srai_epi32(raised.hi, 8)};

@@ -76,7 +76,6 @@ inline F32 load_fp16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_s
 
 inline I32 set1_int(int32_t a) { return {_mm512_set1_epi32(a)}; }
 inline I32 add(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline I32 times_256(I32 a) { return {_mm512_slli_epi32(a.v, 8)}; }
 inline I32 over_256(I32 a) { return {_mm512_srai_epi32(_mm512_add_epi32(a.v, _mm512_set1_epi32(128)), 8)}; }
 inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I32 round(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }

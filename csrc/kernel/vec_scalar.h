@@ -107,7 +107,6 @@ template <class Op> inline I32 each_int(Op op) {
 }
 inline I32 set1_int(int32_t a) { return each_int([&](int) { return a; }); }
 inline I32 add(I32 a, I32 b) { return each_int([&](int i) { return a.v[i] + b.v[i]; }); }
-inline I32 times_256(I32 a) { return each_int([&](int i) { return a.v[i] * 256; }); }
 inline I32 over_256(I32 a) { return each_int([&](int i) { return (a.v[i] + 128) >> 8; }); }  // rounded, halves up
 inline F32 to_float(I32 a) { return each([&](int i) { return static_cast<float>(a.v[i]); }); }
 inline I32 round(F32 a) {  // to nearest, ties to even; |a| < 2^22
