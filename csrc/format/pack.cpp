@@ -98,6 +98,13 @@ template <class F, class S> class Packer {
   const int64_t scale_cols_ = (m_.cols + kScaleBlock - 1) / kScaleBlock;
 };
 
+// codes: [column][16], padding included, into a tile of zeros.
+template <class F> void place_codes(const MatrixLayout& m, const uint8_t* codes, uint8_t* tile) {
+  for (int64_t k = 0; k < m.lines * F::line_k; k++)
+    for (int64_t r = 0; r < kTileRows; r++)
+      F::put(tile + k / F::line_k * kLineBytes + r * 4, static_cast<int>(k % F::line_k), codes[k * kTileRows + r]);
+}
+
 // Integer formats: a tile's rows as floats, [column][16] with zeros for padding, then quantised, then put in their places.
 template <class F, class S> void pack_quantized(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from,
                                                 Quantize quantize, uint8_t* blob) {
@@ -124,9 +131,7 @@ template <class F, class S> void pack_quantized(const ExpertLayout& layout, Expe
     }
     auto* scales = reinterpret_cast<uint16_t*>(tile + m.scale_offset);
     quantize({weights.data(), m.scale_cols, m.quantization.group, m.quantization.books, codes.data(), scales});
-    for (int64_t k = 0; k < padded; k++)
-      for (int64_t r = 0; r < kTileRows; r++)
-        F::put(tile + k / F::line_k * kLineBytes + r * 4, static_cast<int>(k % F::line_k), codes[k * kTileRows + r]);
+    place_codes<F>(m, codes.data(), tile);
   }
 }
 
@@ -182,6 +187,27 @@ void pack_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const Sour
         Packer<F, S>(layout, part, from).pack(blob);
     });
   });
+}
+
+void pack_codes(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* codes, const uint16_t* scales, uint8_t* blob) {
+  CHECK(layout.book == "linear", "codes of ", format_name(layout.format), layout.book.empty() ? "" : " in " + layout.book,
+        " cannot be packed as they are; those of INT4 under the linear books can");
+  const MatrixLayout& m = layout.matrix(part);
+  const int64_t padded = m.lines * Int4::line_k, row_bytes = (m.cols + 7) / 8 * 4;
+  std::vector<uint8_t> columns(padded * kTileRows);
+  for (int64_t t = 0; t < m.tiles; t++) {
+    uint8_t* tile = blob + layout.first_tile(part) + t * layout.tile_stride(part);
+    std::memset(tile, 0, m.tile_bytes);
+    const int64_t first = t * kTileRows, rows = std::min<int64_t>(kTileRows, m.rows - first);
+    std::fill(columns.begin(), columns.end(), 8);  // weight 0
+    auto* tile_scales = reinterpret_cast<uint16_t*>(tile + m.scale_offset);
+    for (int64_t r = 0; r < rows; r++) {
+      const uint8_t* row = codes + (first + r) * row_bytes;
+      for (int64_t k = 0; k < m.cols; k++) columns[k * kTileRows + r] = row[k / 2] >> (k % 2 * 4) & 15;
+      for (int64_t g = 0; g < m.scale_cols; g++) tile_scales[g * kTileRows + r] = scales[(first + r) * m.scale_cols + g];
+    }
+    place_codes<Int4>(m, columns.data(), tile);
+  }
 }
 
 void dequantize_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* blob, float* out) {
