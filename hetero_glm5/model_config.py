@@ -322,7 +322,7 @@ def _int4_scheme(r: _Reader) -> Int4Scheme | None:
 
 def _pack_quantized(q: _Reader) -> Int4Scheme:
     q.must("format", "pack-quantized")
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+    for key in ("kv_cache_scheme", "sparsity_config", "moe_sparsity_config", "transform_config"):
         q.only(key, None, {})
     groups = q.part("config_groups")
     for key in groups.data or ("group_0",):

@@ -81,14 +81,15 @@ def quantization_config(kind: str, group: int) -> dict[str, Any]:
 
 
 def int4_checkpoint(
-    root: Path, kind: str, group: int = 32, dtype: torch.dtype = torch.bfloat16, dense: bool = False
+    root: Path, kind: str, group: int = 32, dtype: torch.dtype = torch.bfloat16, dense: bool = False, **overrides: Any
 ) -> Path:
-    """The tiny model with INT4 experts (and, if `dense`, every other Linear weight), written once below `root`. Beside
+    """The tiny model (with `overrides`) with INT4 experts (and, if `dense`, every other Linear weight), written once below `root`. Beside
     it, with the ending -plain, lies the same model dequantised to fp32."""
-    folder = root / f"int4-{kind}-{group}-{str(dtype)[6:]}-{dense}"
+    source = tiny_checkpoint(root, **overrides)
+    folder = root / f"{source.name}-{kind}-{group}-{str(dtype)[6:]}-{dense}"
     if folder.exists():
         return folder
-    source, plain_folder = tiny_checkpoint(root), folder.with_name(f"{folder.name}-plain")
+    plain_folder = folder.with_name(f"{folder.name}-plain")
     plain = load_file(str(source / "model.safetensors"))
     packed = {}
     for name, weight in list(plain.items()):
