@@ -147,28 +147,31 @@ class Checkpoint:
         return int4_tensors(name, spec.shape, self.int4) if self.int4 and len(spec.shape) == 2 else {}
 
     def _missing(self, name: str, spec: TensorSpec) -> list[str]:
-        if name in self.entries:
-            return []
-        parts = self._int4_parts(name, spec)
-        if not any(part in self.entries for part in parts):
+        """What `name` lacks to be complete: nothing, itself, or parts of an INT4 weight."""
+        if not self.stored(name):
             return [name]
-        needless = self.int4 and not self.int4.act_order and "g_idx"
-        return [part for part in parts if part not in self.entries and not (needless and part.endswith(needless))]
+        if self.method(name) != "INT4":
+            return []
+        order_matters = self.int4 is not None and self.int4.act_order
+        absent = [part for part in self._int4_parts(name, spec) if part not in self.entries]
+        return [part for part in absent if order_matters or not part.endswith("g_idx")]
 
     def _int4_names(self, name: str) -> list[str]:
-        """The tensors there are of an INT4 weight."""
+        """The tensors that are there of an INT4 weight, in the order of names.int4_tensors."""
         return [part for part in int4_tensors(name, (1, 1), self.int4) if part in self.entries] if self.int4 else []
 
     def stored(self, name: str) -> list[str]:
-        """The tensors that weight `name` is made of: itself, or the codes and scales of INT4, first or alone, and the
-        scales of FP8. Empty if it is not there."""
+        """The tensors that weight `name` is made of: itself, in FP8 its scales too, or the parts of INT4. Empty if it
+        is not there."""
         if name not in self.entries:
             return self._int4_names(name)
         return [name, name + SCALE_SUFFIX] if self.is_fp8(name) else [name]
 
     def method(self, name: str) -> str:
         """FP8 or INT4 if that weight is quantised so, else empty."""
-        return "FP8" if self.is_fp8(name) else "INT4" if name not in self.entries and self.stored(name) else ""
+        if self.is_fp8(name):
+            return "FP8"
+        return "INT4" if name not in self.entries and self._int4_names(name) else ""
 
     def is_fp8(self, name: str) -> bool:
         return name + SCALE_SUFFIX in self.entries
@@ -211,9 +214,10 @@ class Checkpoint:
             return Int4Matrix(words.view(torch.uint8), scales, int(shape[1]), group)
         words, zeros, scales, *order = self.read_raw(*self.stored(name))
         zero = self.int4.stored_zero
-        wrong = zeros != int.from_bytes(bytes([zero * 17] * 4), "little", signed=True)
-        if wrong.any():
-            found = next(bits for bits in (zeros[wrong][0].item() >> 4 * i & 15 for i in range(8)) if bits != zero)
+        nibbles = zeros.view(torch.uint8)
+        wrong = nibbles[nibbles != zero * 17]
+        if len(wrong):
+            found = next(nibble for nibble in (wrong[0].item() & 15, wrong[0].item() >> 4) if nibble != zero)
             raise CheckpointError(
                 f"{self.stored(name)[1]} holds {found} where only {zero} can be read: the zero must lie in the middle, "
                 "as symmetric quantisation has it. Quantise the model again with sym, or use its BF16 checkpoint."
@@ -221,8 +225,9 @@ class Checkpoint:
         cols = len(words) * 8
         if order and not torch.equal(order[0], torch.arange(cols, dtype=torch.int32) // group):
             raise CheckpointError(
-                f"{self.stored(name)[3]} puts columns in an order of their own (act-order); only groups of neighbouring "
-                "columns can be read. Quantise the model again without desc_act, or use its BF16 checkpoint."
+                f"{self.stored(name)[3]} puts columns in an order of their own (act-order); only groups of "
+                "neighbouring columns can be read. Quantise the model again without desc_act, or use its BF16 "
+                "checkpoint."
             )
         return Int4Matrix(words.T.contiguous().view(torch.uint8), scales.T.contiguous(), cols, group)
 

@@ -81,7 +81,8 @@ def read_expert(checkpoint: Checkpoint, layer: int, expert: int) -> RawExpert:
         gate, up, down = map(checkpoint.read_int4, names)
         return gate, up, down, None
     scales = [scale for scale in map(checkpoint.read_scales, names) if scale is not None]
-    return (*checkpoint.read_raw(*names), (scales[0], scales[1], scales[2]) if scales else None)
+    weights = checkpoint.read_raw(*names)
+    return weights[0], weights[1], weights[2], (scales[0], scales[1], scales[2]) if scales else None
 
 
 def expert_names(layer: int, expert: int) -> list[str]:

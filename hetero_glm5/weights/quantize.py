@@ -84,8 +84,9 @@ class ExpertLayout:
         [N, ceil(K/group)] each, finite. Releases the GIL. ValueError on another layout, shape or dtype.
         """
         target = host_array("blob", blob)
-        for part, (code, scale) in enumerate(zip(codes, scales, strict=True)):
-            _C.pack_codes(self._c, target, part, host_array("codes", code), host_array("scales", scale.view(torch.int16)))
+        for part, (code, half) in enumerate(zip(codes, scales, strict=True)):
+            bits = host_array("scales", half.view(torch.int16))
+            _C.pack_codes(self._c, target, part, host_array("codes", code), bits)
         target[self._end :] = 0
 
     def unpack(self, blob: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from int4 import KINDS, draw, int4_checkpoint, values
+from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
@@ -226,6 +227,21 @@ def test_an_int4_checkpoint_loses_nothing(checkpoints, tmp_path, kind, name):
     store.read(5, 9, packed.blob(9))
     name = "model.layers.5.mlp.experts.9.gate_proj.weight"
     assert torch.equal(packed.dequantize(9)[0], values(*draw(name, (128, 256), 64, torch.float16), 64))
+
+
+def test_experts_that_are_not_int4_are_quantised_with_their_books(checkpoints, tmp_path):
+    """An MTP layer that was left out, say. What it costs is in the report."""
+    source = int4_checkpoint(checkpoints, KINDS[0])
+    folder = shutil.copytree(source, tmp_path / "mixed")
+    tensors, plain = (load_file(path / "model.safetensors") for path in (source, tiny_checkpoint(checkpoints)))
+    last = "model.layers.5.mlp.experts."
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(last)}
+    tensors |= {name: tensor for name, tensor in plain.items() if name.startswith(last)}
+    save_file(tensors, str(folder / "model.safetensors"))
+    run("quantize", folder, tmp_path / "o", "--kt-method", "INT4")
+    report = json.loads((tmp_path / "o" / "errors.json").read_text())
+    assert [entry["worst"] == 0 for entry in report["layers"]] == [True, True, True, False]
+    assert report["layers"][3]["worst"] < 0.1 and ExpertStore(tmp_path / "o").layout.book == "linear"
 
 
 def test_an_fp8_checkpoint_loses_nothing(checkpoints, tmp_path):

@@ -83,8 +83,8 @@ def quantization_config(kind: str, group: int) -> dict[str, Any]:
 def int4_checkpoint(
     root: Path, kind: str, group: int = 32, dtype: torch.dtype = torch.bfloat16, dense: bool = False, **overrides: Any
 ) -> Path:
-    """The tiny model (with `overrides`) with INT4 experts (and, if `dense`, every other Linear weight), written once below `root`. Beside
-    it, with the ending -plain, lies the same model dequantised to fp32."""
+    """The tiny model (with `overrides`), its experts INT4 and, if `dense`, every other Linear weight too; written once
+    below `root`. Beside it, with the ending -plain, lies the same model dequantised to fp32."""
     source = tiny_checkpoint(root, **overrides)
     folder = root / f"{source.name}-{kind}-{group}-{str(dtype)[6:]}-{dense}"
     if folder.exists():

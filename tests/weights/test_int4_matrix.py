@@ -1,6 +1,7 @@
 """INT4 checkpoints: codes and scales come out of the packed experts bit for bit, and what cannot is refused."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -120,13 +121,12 @@ def test_ragged_edges(hidden, intermediate, group):
 
 def test_codes_are_packed_under_the_linear_books_only():
     blob = torch.empty(1 << 20, dtype=torch.uint8)
-    for arguments, words_ in ((("INT4",), "INT4 in gaussian"), (("INT8",), "INT8"), (("BF16",), "BF16")):
-        layout = ExpertLayout(arguments[0], 64, 64)
-        codes, scales = [torch.zeros(64, 32, dtype=torch.uint8)] * 3, [torch.ones(64, layout._c.gate.scale_cols).half()] * 3
-        with pytest.raises(ValueError, match=f"codes of {words_} cannot be packed as they are"):
+    codes, scales = [torch.zeros(64, 32, dtype=torch.uint8)] * 3, [torch.ones(64, 2).half()] * 3
+    for method, group, what in (("INT4", 32, "INT4 in gaussian"), ("INT8", 32, "INT8")):
+        layout = ExpertLayout(method, 64, 64, group)
+        with pytest.raises(ValueError, match=f"codes of {what} cannot be packed as they are"):
             layout.pack_codes_into(blob[: layout.blob_bytes], codes, scales)
     layout = ExpertLayout("INT4", 64, 64, 32, "linear")
-    codes, scales = [torch.zeros(64, 32, dtype=torch.uint8)] * 3, [torch.ones(64, 2).half()] * 3
     for wrong in ((codes, [torch.ones(64, 1).half()] * 3), ([torch.zeros(64, 28, dtype=torch.uint8)] * 3, scales)):
         with pytest.raises(ValueError, match=r"gate (codes|scales) has shape"):
             layout.pack_codes_into(blob[: layout.blob_bytes], *wrong)
@@ -196,10 +196,10 @@ def test_an_order_of_columns_is_refused_and_a_trivial_one_is_not(checkpoints, tm
 
 
 @pytest.mark.parametrize(
-    ("value", "rounds", "words_"),
-    [(0.1, True, "exactly"), (2.0**-26, True, "exactly"), (1e6, False, "at all; its largest"), (float("nan"), False, "at all")],
+    ("value", "rounds", "told"),
+    [(0.1, True, "exactly"), (2.0**-26, True, "exactly"), (1e6, False, "at all; its largest"), (math.nan, False, "at")],
 )
-def test_scales_that_fp16_cannot_hold(checkpoints, tmp_path, value, rounds, words_):
+def test_scales_that_fp16_cannot_hold(checkpoints, tmp_path, value, rounds, told):
     """Serving refuses them; packing a store rounds what can be rounded, and reports the error."""
 
     def change(tensors, config):
@@ -208,7 +208,7 @@ def test_scales_that_fp16_cannot_hold(checkpoints, tmp_path, value, rounds, word
 
     folder = int4_checkpoint(checkpoints, KINDS[0])
     message = refusal(folder, tmp_path, change)
-    assert "expert 1 of layer 2 has a scale of " in message and words_ in message and "--kt-method BF16" in message
+    assert "expert 1 of layer 2 has a scale of " in message and told in message and "--kt-method BF16" in message
     if not rounds:
         shutil.rmtree(tmp_path / "altered")
         assert "hetero-glm5 quantize" not in refusal(folder, tmp_path, change, round_scales=True)
@@ -252,10 +252,10 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_parts_that_do_not_fit_are_told(checkpoints, tmp_path, case):
-    change, words_ = WRONG[case]
+    change, told = WRONG[case]
     with pytest.raises(CheckpointError) as error:
         experts_of(altered(int4_checkpoint(checkpoints, KINDS[0]), tmp_path / "o", change))
-    assert words_ in str(error.value)
+    assert told in str(error.value)
 
 
 def test_an_expert_that_is_int4_in_part_is_refused(checkpoints, tmp_path):
