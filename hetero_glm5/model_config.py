@@ -175,7 +175,7 @@ class ModelConfig:
         r.only("indexer_rope_interleave", True)
         r.only("n_shared_experts", 1)
         r.only("num_nextn_predict_layers", 0, 1)
-        _int4_scheme(r)
+        _int4_scheme(r)  # refuses what cannot be read
         layers = r.need(int, "num_hidden_layers")
         eps = r.need(float, "rms_norm_eps", 0)
         config = cls(

@@ -211,7 +211,11 @@ class Checkpoint:
         group = self.int4.group
         if self.int4.kind == COMPRESSED_TENSORS:
             words, scales, shape = self.read_raw(*self.stored(name))
-            return Int4Matrix(words.view(torch.uint8), scales, int(shape[1]), group)
+            rows, cols = shape.tolist()
+            if words.shape != (rows, -(-cols // 8)):
+                found = f"{name}_packed has {list(words.shape)} words"
+                raise CheckpointError(f"{name}_shape is {[rows, cols]}, but {found}. Fetch the shard again.")
+            return Int4Matrix(words.view(torch.uint8), scales, cols, group)
         words, zeros, scales, *order = self.read_raw(*self.stored(name))
         zero = self.int4.stored_zero
         nibbles = zeros.view(torch.uint8)

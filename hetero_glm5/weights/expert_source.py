@@ -10,7 +10,7 @@ from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.weights.checkpoint import Checkpoint, CheckpointError
 from hetero_glm5.weights.expert_store import ExpertStore
 from hetero_glm5.weights.int4_matrix import Int4Matrix
-from hetero_glm5.weights.names import EXPERT_MATRICES, expert_prefix
+from hetero_glm5.weights.names import EXPERT_MATRICES, expert_prefix, expert_tensors
 from hetero_glm5.weights.quantize import ExpertLayout, PackedExperts
 
 Matrix = Tensor | Int4Matrix
@@ -94,24 +94,31 @@ def checkpoint_layout(
 ) -> ExpertLayout:
     """The layout of a checkpoint's experts packed as `method`. In INT4, what it leaves open is the checkpoint's own if
     that has INT4 experts, so that their codes and scales are kept. ValueError on a group or book that cannot be."""
-    if method == "INT4" and checkpoint.int4 and group in (0, checkpoint.int4.group):
+    if method == "INT4" and checkpoint.int4 and group in (0, checkpoint.int4.group) and _any_int4(checkpoint, config):
         group, book = checkpoint.int4.group, book or "linear"
     return ExpertLayout(method, config.hidden_size, config.moe_intermediate_size, group, book)
 
 
+def _any_int4(checkpoint: Checkpoint, config: ModelConfig) -> bool:
+    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    return any(checkpoint.method(name) == "INT4" for layer in layers for name in expert_tensors(config, layer))
+
+
 def pack(layout: ExpertLayout, blob: Tensor, raw: RawExpert, who: str, round_scales: bool = False) -> None:
-    """Packs a raw expert into `blob`. INT4 codes and scales are kept bit for bit where the layout is theirs, but for
-    scales that fp16 has to round, if that is allowed. CheckpointError if the layout cannot hold the expert."""
+    """Packs a raw expert into `blob`. INT4 codes and scales are kept bit for bit where the layout is theirs; a scale
+    that fp16 cannot hold exactly is rounded if `round_scales`. CheckpointError if the layout cannot hold the expert."""
     gate, up, down, scales = raw
     if layout.method == "FP8" and scales is None:
         raise CheckpointError(f"{who} is not FP8; --kt-method FP8 needs all to be. Use BF16.")
     matrices = [matrix for matrix in (gate, up, down) if isinstance(matrix, Int4Matrix)]
     if matrices and (layout.book, layout.group) == ("linear", matrices[0].group):
-        try:
-            halves = [matrix.half_scales(round_scales) for matrix in matrices]
-        except ValueError as error:
-            remedy = "" if round_scales else ", or hetero-glm5 quantize, which rounds and reports the error"
-            raise CheckpointError(f"{who} has {error}. Use --kt-method BF16{remedy}.") from error
+        halves = []
+        for name, matrix in zip(EXPERT_MATRICES, matrices, strict=True):
+            try:
+                halves.append(matrix.half_scales(round_scales))
+            except ValueError as error:
+                remedy = "" if round_scales else ", or hetero-glm5 quantize, which rounds and reports the error"
+                raise CheckpointError(f"{name} of {who} has {error}. Use --kt-method BF16{remedy}.") from error
         layout.pack_codes_into(blob, [matrix.codes for matrix in matrices], halves)
     else:
         gate, up, down = (matrix[:] for matrix in (gate, up, down))

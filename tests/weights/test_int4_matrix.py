@@ -84,6 +84,8 @@ def test_what_the_layout_of_a_checkpoint_is(checkpoints):
     ]:
         layout = checkpoint_layout(source, config, method, group, book)
         assert (layout.method, layout.group, layout.book) == (method, *want)
+    plain.int4 = checkpoint.int4  # INT4 is in its dense layers only
+    assert checkpoint_layout(plain, config, "INT4").book == "gaussian"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,7 +210,8 @@ def test_scales_that_fp16_cannot_hold(checkpoints, tmp_path, value, rounds, told
 
     folder = int4_checkpoint(checkpoints, KINDS[0])
     message = refusal(folder, tmp_path, change)
-    assert "expert 1 of layer 2 has a scale of " in message and told in message and "--kt-method BF16" in message
+    for part in ("up_proj of expert 1 of layer 2 has a scale of ", told, "--kt-method BF16"):
+        assert part in message
     if not rounds:
         shutil.rmtree(tmp_path / "altered")
         assert "hetero-glm5 quantize" not in refusal(folder, tmp_path, change, round_scales=True)
@@ -256,6 +259,14 @@ def test_parts_that_do_not_fit_are_told(checkpoints, tmp_path, case):
     with pytest.raises(CheckpointError) as error:
         experts_of(altered(int4_checkpoint(checkpoints, KINDS[0]), tmp_path / "o", change))
     assert told in str(error.value)
+
+
+def test_a_shape_that_contradicts_the_words_is_refused(checkpoints, tmp_path):
+    def transpose(tensors, config):
+        tensors[NAME + "weight_shape"] = tensors[NAME + "weight_shape"].flip(0)
+
+    message = refusal(int4_checkpoint(checkpoints, KINDS[0]), tmp_path, transpose)
+    assert f"{NAME}weight_shape is [256, 128], but {NAME}weight_packed has [128, 32] words" in message
 
 
 def test_an_expert_that_is_int4_in_part_is_refused(checkpoints, tmp_path):
