@@ -160,12 +160,12 @@ class EngineConfig(Flags):
         cores: int,
         numa_nodes: tuple[int, ...],
         packed_as: str | None = None,
-        fp8_experts: bool = False,
+        quantised_as: str = "",
     ) -> tuple[EngineConfig, list[str]]:
         """Settles every "auto" for this model and machine, but for --kt-weight-mode, which the memory settles.
 
-        packed_as: the method of the packed store at --kt-weight-path, if it is one. fp8_experts: whether the experts
-        are a checkpoint's, in FP8.
+        packed_as: the method of the packed store at --kt-weight-path, if it is one. quantised_as: FP8 or INT4 if the
+        experts are a checkpoint's, all of them in that.
 
         Returns the settled config and one sentence for each flag that means something else, or nothing, here.
         """
@@ -173,7 +173,7 @@ class EngineConfig(Flags):
         if self.device == "cuda" and not cuda:
             raise ConfigError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver.")
         device = "cuda" if self.device != "cpu" and cuda else "cpu"
-        method = self._settle_method(packed_as, fp8_experts, notes)
+        method = self._settle_method(packed_as, quantised_as, notes)
         threads = min(self.kt_cpuinfer or cores, cores)
         if self.kt_cpuinfer > cores:
             notes.append(f"--kt-cpuinfer {self.kt_cpuinfer}: this process may use {cores} physical cores; using them.")
@@ -199,7 +199,7 @@ class EngineConfig(Flags):
         )
         return settled, notes
 
-    def _settle_method(self, packed_as: str | None, fp8_experts: bool, notes: list[str]) -> str:
+    def _settle_method(self, packed_as: str | None, quantised_as: str, notes: list[str]) -> str:
         method = KT_METHODS[self.kt_method]
         if method not in ("auto", self.kt_method):
             notes.append(f"--kt-method {self.kt_method} means {method} here.")
@@ -216,8 +216,8 @@ class EngineConfig(Flags):
                 "Make one with hetero-glm5 quantize and name it with --kt-weight-path."
             )
         if method == "auto":
-            method = "FP32" if self.dtype == "float32" else "FP8" if fp8_experts else "BF16"
-        if method == "FP8" and not fp8_experts:
+            method = "FP32" if self.dtype == "float32" else quantised_as or "BF16"
+        if method == "FP8" and quantised_as != "FP8":
             raise ConfigError(
                 f"--kt-method FP8 takes experts that are FP8 as they are; those in {self.kt_weight_path or self.model} "
                 "are not. Use auto or BF16, or the FP8 checkpoint."

@@ -14,6 +14,12 @@ from hetero_glm5.flags import ConfigError
 
 MODEL_TYPE = "glm_moe_dsa"
 FP8_BLOCK = 128
+COMPRESSED_TENSORS, GPTQ = "compressed-tensors", "gptq"
+INT4_GROUPS = (32, 64, 128)
+_READABLE = (
+    " FP8 in 128x128 blocks and symmetric INT4 in groups of 32, 64 or 128 (compressed-tensors pack-quantized, or GPTQ "
+    "without act-order) can be read: use such a checkpoint, or the BF16 one with hetero-glm5 quantize."
+)
 LARGEST = 1e9  # of any number in config.json; no dimension or constant comes near
 MOST_LAYERS = 1000
 MOST_EXPERTS = 10_000
@@ -22,10 +28,10 @@ MOST_EXPERTS = 10_000
 class _Reader:
     """Reads keys of one JSON object; every complaint names the file and the key."""
 
-    def __init__(self, data: Any, where: str):
+    def __init__(self, data: Any, where: str, advice: str = ""):
         if not isinstance(data, dict):
-            raise ConfigError(f"{where} is {data!r}; it must be a JSON object.")
-        self.data, self.where = data, where
+            raise ConfigError(f"{where} is {data!r}; it must be a JSON object.{advice}")
+        self.data, self.where, self.advice = data, where, advice
 
     def need(self, kind: type, key: str, minimum: float = 1) -> Any:
         if self.data.get(key) is None:
@@ -46,10 +52,19 @@ class _Reader:
 
     def only(self, key: str, *allowed: Any) -> None:
         """The value must be one of `allowed`, the first of which is what a missing key means."""
-        value = self.data.get(key, allowed[0])
+        if key in self.data:
+            self.must(key, *allowed)
+
+    def must(self, key: str, *allowed: Any) -> None:
+        """The value must be there, and one of `allowed`."""
+        value = self.data.get(key)
         if value not in allowed:
             names = " or ".join(json.dumps(a) for a in allowed)
-            raise ConfigError(f'{self.where}: "{key}" is {json.dumps(value)}; only {names} is supported.')
+            raise ConfigError(f'{self.where}: "{key}" is {json.dumps(value)}; only {names} is supported.{self.advice}')
+
+    def part(self, key: str) -> _Reader:
+        """The JSON object under `key`."""
+        return _Reader(self.data.get(key), f"{self.where}: {key}", self.advice)
 
     def schedule(self, key: str, values: Any, length: int, names: tuple[str, ...]) -> tuple[str, ...]:
         if not isinstance(values, list) or len(values) != length or any(v not in names for v in values):
@@ -59,6 +74,16 @@ class _Reader:
 
 def _is_a(kind: type, value: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+@dataclass(frozen=True)
+class Int4Scheme:
+    """How a checkpoint stores INT4 weights: value = (code - 8) * scale, a scale for `group` columns of a row."""
+
+    kind: str  # COMPRESSED_TENSORS or GPTQ
+    group: int
+    stored_zero: int = 8  # GPTQ: what qzeros holds where 8 is meant; its first version stores one less
+    act_order: bool = False  # GPTQ: whether columns may be in another order, which g_idx then tells
 
 
 @dataclass(frozen=True)
@@ -150,7 +175,7 @@ class ModelConfig:
         r.only("indexer_rope_interleave", True)
         r.only("n_shared_experts", 1)
         r.only("num_nextn_predict_layers", 0, 1)
-        _check_quantization(r)
+        _int4_scheme(r)  # refuses what cannot be read
         layers = r.need(int, "num_hidden_layers")
         eps = r.need(float, "rms_norm_eps", 0)
         config = cls(
@@ -274,15 +299,58 @@ def _indexer_types(r: _Reader, layers: int) -> tuple[str, ...]:
     return tuple("full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(layers))
 
 
-def _check_quantization(r: _Reader) -> None:
-    """FP8 in 128x128 blocks, or nothing. Which tensors are FP8, each tensor's own scale says."""
-    quantization = r.data.get("quantization_config")
-    if quantization is None:
-        return
-    inner = _Reader(quantization, f"{r.where}: quantization_config")
-    inner.only("quant_method", "fp8")
-    inner.only("fmt", "e4m3")
-    inner.only("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
+def int4_scheme(folder: str | Path) -> Int4Scheme | None:
+    """How FOLDER/config.json says INT4 weights are stored; None without the file, or if it speaks of none."""
+    path = Path(folder) / "config.json"
+    return _int4_scheme(_Reader(read_json(path, f"cannot read {path}"), str(path))) if path.exists() else None
+
+
+def _int4_scheme(r: _Reader) -> Int4Scheme | None:
+    """Refuses what is neither FP8 in 128x128 blocks nor symmetric INT4 in groups. Which tensors are quantised, not the
+    lists of config.json but the tensors beside each say."""
+    if r.data.get("quantization_config") is None:
+        return None
+    q = _Reader(r.data["quantization_config"], f"{r.where}: quantization_config", _READABLE)
+    q.only("quant_method", "fp8", COMPRESSED_TENSORS, GPTQ)
+    method = q.data.get("quant_method", "fp8")
+    if method == "fp8":
+        q.only("fmt", "e4m3")
+        q.only("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
+        return None
+    return _gptq(q) if method == GPTQ else _pack_quantized(q)
+
+
+def _pack_quantized(q: _Reader) -> Int4Scheme:
+    q.must("format", "pack-quantized")
+    for key in ("kv_cache_scheme", "sparsity_config", "moe_sparsity_config", "transform_config"):
+        q.only(key, None, {})
+    groups = q.part("config_groups")
+    for key in groups.data or ("group_0",):
+        group = groups.part(key)
+        group.only("format", None, "pack-quantized")
+        group.only("input_activations", None)
+        weights = group.part("weights")
+        weights.must("num_bits", 4)
+        weights.only("type", "int")
+        weights.only("symmetric", True)
+        weights.must("strategy", "group")
+        weights.must("group_size", *INT4_GROUPS)
+        weights.only("actorder", None, False, "weight", "static")  # these leave groups of neighbouring columns
+    sizes = sorted({group["weights"]["group_size"] for group in groups.data.values()})
+    if len(sizes) > 1:
+        raise ConfigError(f'{groups.where}: "group_size" is {sizes[0]} and {sizes[1]}; one is supported.{_READABLE}')
+    return Int4Scheme(COMPRESSED_TENSORS, sizes[0])
+
+
+def _gptq(q: _Reader) -> Int4Scheme:
+    q.must("bits", 4)
+    q.must("sym", True)
+    q.must("group_size", *INT4_GROUPS)
+    q.only("pack_dtype", "int32")
+    version = "checkpoint_format" if "checkpoint_format" in q.data else "format"
+    q.only(version, "gptq", "gptq_v2")
+    zero = 8 if q.data.get(version) == "gptq_v2" else 7
+    return Int4Scheme(GPTQ, q.data["group_size"], zero, act_order=q.get(bool, "desc_act", False))
 
 
 def read_json(path: Path, otherwise: str) -> dict[str, Any]:

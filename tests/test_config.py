@@ -113,16 +113,18 @@ def test_values_of_another_type_are_refused(values):
 
 
 def test_auto_method_follows_dtype_and_experts():
-    for line, fp8, method in [
-        ("", False, "BF16"),
-        ("", True, "FP8"),
-        ("--dtype float32", True, "FP32"),
-        ("--kt-method FP8_BLOCK", True, "FP8"),
-        ("--kt-method BF16", True, "BF16"),
-        ("--kt-method AMXINT8", True, "INT8"),
-        ("--kt-method RAWINT4", False, "INT4"),
+    for line, quantised_as, method in [
+        ("", "", "BF16"),
+        ("", "FP8", "FP8"),
+        ("", "INT4", "INT4"),
+        ("--dtype float32", "INT4", "FP32"),
+        ("--dtype float32", "FP8", "FP32"),
+        ("--kt-method FP8_BLOCK", "FP8", "FP8"),
+        ("--kt-method BF16", "INT4", "BF16"),
+        ("--kt-method AMXINT8", "FP8", "INT8"),
+        ("--kt-method RAWINT4", "", "INT4"),
     ]:
-        settled, _ = parse(line)[0].resolve(model(), **MACHINE, fp8_experts=fp8)
+        settled, _ = parse(line)[0].resolve(model(), **MACHINE, quantised_as=quantised_as)
         assert settled.kt_method == method
 
 

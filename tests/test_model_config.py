@@ -1,11 +1,13 @@
 import json
+from functools import reduce
 
 import pytest
+from int4 import KINDS, quantization_config
 from shapes import GLM5
 
 from hetero_glm5.demo.configs import tiny_config
 from hetero_glm5.flags import ConfigError
-from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.model_config import Int4Scheme, ModelConfig, int4_scheme
 
 GLM52_FULL_LAYERS = [0, 1, 2, *range(6, 75, 4)]
 
@@ -110,3 +112,69 @@ def test_files_that_are_no_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(ConfigError, match="list"):
         ModelConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_symmetric_int4_in_groups_is_read(tmp_path, kind, group):
+    data = tiny_config(quantization_config=quantization_config(kind, group))
+    ModelConfig.parse(data)
+    assert int4_scheme(tmp_path) is None
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert int4_scheme(tmp_path) == Int4Scheme(kind.removesuffix("_v2"), group, 7 if kind == "gptq" else 8)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    assert int4_scheme(tmp_path) is None
+
+
+WEIGHTS = "config_groups group_0 weights "
+REFUSED_INT4 = [
+    (KINDS[0], "format", "int-quantized", "int-quantized.*only .pack-quantized. is"),
+    (KINDS[0], "format", "nvfp4-pack-quantized", "nvfp4"),
+    (KINDS[0], "config_groups", None, "config_groups is None"),
+    (KINDS[0], "config_groups", {}, "group_0 is None"),
+    (KINDS[0], "kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
+    (KINDS[0], "transform_config", {"config_groups": {}}, "transform_config"),
+    (KINDS[0], "config_groups group_0 input_activations", {"num_bits": 8}, "input_activations"),
+    (KINDS[0], "config_groups group_0 format", "float-quantized", "group_0: .format. is .float-quantized"),
+    (KINDS[0], WEIGHTS.strip(), None, "group_0: weights is None"),
+    (KINDS[0], WEIGHTS + "num_bits", 8, "num_bits. is 8; only 4"),
+    (KINDS[0], WEIGHTS + "type", "float", "float"),
+    (KINDS[0], WEIGHTS + "symmetric", False, "symmetric. is false; only true"),
+    (KINDS[0], WEIGHTS + "strategy", "channel", "channel.*only .group."),
+    (KINDS[0], WEIGHTS + "group_size", 16, "group_size. is 16; only 32 or 64 or 128"),
+    (KINDS[0], WEIGHTS + "actorder", "group", "actorder. is .group"),
+    ("gptq", "bits", 8, "bits. is 8; only 4"),
+    ("gptq", "bits", None, "bits. is null"),
+    ("gptq", "sym", False, "sym. is false"),
+    ("gptq", "group_size", -1, "group_size. is -1"),
+    ("gptq", "desc_act", "yes", "desc_act"),
+    ("gptq", "pack_dtype", "int8", "pack_dtype"),
+    ("gptq", "checkpoint_format", "marlin", "marlin.*only .gptq. or .gptq_v2."),
+]
+
+
+@pytest.mark.parametrize(("kind", "path", "value", "words"), REFUSED_INT4)
+def test_other_integer_weights_are_refused_with_what_can_be_read(kind, path, value, words):
+    config = quantization_config(kind, 32)
+    *outer, key = path.split()
+    reduce(dict.__getitem__, outer, config)[key] = value
+    with pytest.raises(ConfigError, match=f"config.json: quantization_config.*{words}") as error:
+        ModelConfig.parse(tiny_config(quantization_config=config))
+    message = str(error.value)
+    assert "\n" not in message
+    if "desc_act" not in words:  # of the wrong type
+        assert "symmetric INT4 in groups of 32, 64 or 128" in message and "hetero-glm5 quantize" in message
+
+
+def test_groups_of_two_sizes_are_refused():
+    config = quantization_config(KINDS[0], 32)
+    config["config_groups"]["group_1"] = quantization_config(KINDS[0], 128)["config_groups"]["group_0"]
+    with pytest.raises(ConfigError, match="group_size. is 32 and 128; one is supported"):
+        ModelConfig.parse(tiny_config(quantization_config=config))
+
+
+def test_either_key_names_the_version_of_gptq(tmp_path):
+    config = quantization_config("gptq_v2", 32)
+    config["format"] = config.pop("checkpoint_format")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    assert int4_scheme(tmp_path).stored_zero == 8

@@ -56,6 +56,19 @@ void pack(const ExpertLayout& layout, py::array& blob, int part, const py::array
   pack_matrix(layout, static_cast<ExpertLayout::Part>(part), matrix, quantize, out);
 }
 
+void pack_given(const ExpertLayout& layout, py::array& blob, int part, const py::array& codes, const py::array& scales) {
+  const std::string name = kPartNames[part_index(part)];
+  const MatrixLayout& m = layout.matrix(static_cast<ExpertLayout::Part>(part));
+  check_array<uint8_t>("blob", blob, {layout.blob_bytes});
+  check_array<uint8_t>((name + " codes").c_str(), codes, {m.rows, (m.cols + 7) / 8 * 4});
+  check_array<int16_t>((name + " scales").c_str(), scales, {m.rows, m.scale_cols});
+  const auto* from = static_cast<const uint8_t*>(codes.data());
+  const auto* halves = static_cast<const uint16_t*>(scales.data());
+  auto* out = writable<uint8_t>("blob", blob);
+  py::gil_scoped_release release;
+  pack_codes(layout, static_cast<ExpertLayout::Part>(part), from, halves, out);
+}
+
 void dequantize(const ExpertLayout& layout, const py::array& blob, int part, py::array& out) {
   const MatrixLayout& m = layout.matrix(static_cast<ExpertLayout::Part>(part_index(part)));
   check_array<uint8_t>("blob", blob, {layout.blob_bytes});
@@ -124,6 +137,7 @@ void bind_weights(py::module_& m) {
       .def_readonly("blob_bytes", &ExpertLayout::blob_bytes)
       .def_property_readonly("code_order", &code_order, "where weight k of a row's 4 bytes of a line is stored, by k");
   m.def("pack", &pack, py::arg("layout"), py::arg("blob"), py::arg("part"), py::arg("source"), py::arg("dtype"), py::arg("scales"));
+  m.def("pack_codes", &pack_given, py::arg("layout"), py::arg("blob"), py::arg("part"), py::arg("codes"), py::arg("scales"));
   m.def("dequantize", &dequantize, py::arg("layout"), py::arg("blob"), py::arg("part"), py::arg("out"));
 
   py::class_<ExpertWeights, std::shared_ptr<ExpertWeights>>(m, "ExpertWeights")

@@ -98,7 +98,17 @@ template <class F, class S> class Packer {
   const int64_t scale_cols_ = (m_.cols + kScaleBlock - 1) / kScaleBlock;
 };
 
-// Integer formats: 16 rows of a tile as floats, [column][16] with zeros for padding, then quantised, then put in their places.
+// 16 rows of an integer format's tile, from row `lane` on. codes: [column][16], padding included; scales: [group][16].
+template <class F> void place_rows(const MatrixLayout& m, const uint8_t* codes, const uint16_t* scales, int64_t lane, uint8_t* tile) {
+  if (lane == 0) std::memset(tile, 0, m.tile_bytes);
+  for (int64_t k = 0; k < m.lines * F::line_k; k++)
+    for (int64_t r = 0; r < kLanes; r++)
+      F::put(tile + k / F::line_k * kLineBytes + (lane + r) * 4, static_cast<int>(k % F::line_k), codes[k * kLanes + r]);
+  auto* to = reinterpret_cast<uint16_t*>(tile + m.scale_offset) + lane;
+  for (int64_t g = 0; g < m.scale_cols; g++) std::copy_n(scales + g * kLanes, kLanes, to + g * kTileRows);
+}
+
+// 16 rows as floats, [column][16] with zeros for padding, then quantised, then put in their places.
 template <class F, class S> void pack_quantized(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from,
                                                 Quantize quantize, uint8_t* blob) {
   const MatrixLayout& m = layout.matrix(part);
@@ -108,9 +118,7 @@ template <class F, class S> void pack_quantized(const ExpertLayout& layout, Expe
   std::vector<uint8_t> codes(padded * kLanes);
   std::vector<uint16_t> scales(m.scale_cols * kLanes);
   for (int64_t first = 0; first < m.tiles * kTileRows; first += kLanes) {
-    const int64_t lane = first % kTileRows;
     uint8_t* tile = blob + layout.first_tile(part) + first / kTileRows * layout.tile_stride(part);
-    if (lane == 0) std::memset(tile, 0, m.tile_bytes);
     const int64_t rows = std::clamp<int64_t>(m.rows - first, 0, kLanes);
     std::fill(weights.begin(), weights.end(), 0.f);
     for (int64_t r = 0; r < rows; r++) {
@@ -125,11 +133,7 @@ template <class F, class S> void pack_quantized(const ExpertLayout& layout, Expe
       CHECK(poison == 0, "row ", row, " of a matrix holds a weight that is NaN or infinite; ", F::name, " cannot express it");
     }
     quantize({weights.data(), m.scale_cols, m.quantization.group, m.quantization.books, codes.data(), scales.data()});
-    for (int64_t k = 0; k < padded; k++)
-      for (int64_t r = 0; r < kLanes; r++)
-        F::put(tile + k / F::line_k * kLineBytes + (lane + r) * 4, static_cast<int>(k % F::line_k), codes[k * kLanes + r]);
-    auto* to = reinterpret_cast<uint16_t*>(tile + m.scale_offset) + lane;
-    for (int64_t g = 0; g < m.scale_cols; g++) std::copy_n(&scales[g * kLanes], kLanes, to + g * kTileRows);
+    place_rows<F>(m, codes.data(), scales.data(), first % kTileRows, tile);
   }
 }
 
@@ -185,6 +189,26 @@ void pack_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const Sour
         Packer<F, S>(layout, part, from).pack(blob);
     });
   });
+}
+
+void pack_codes(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* codes, const uint16_t* scales, uint8_t* blob) {
+  CHECK(layout.book == "linear", "codes of ", format_name(layout.format), layout.book.empty() ? "" : " in " + layout.book,
+        " cannot be packed as they are; those of INT4 under the linear books can");
+  const MatrixLayout& m = layout.matrix(part);
+  const int64_t row_bytes = (m.cols + 7) / 8 * 4;
+  std::vector<uint8_t> columns(m.lines * Int4::line_k * kLanes);
+  std::vector<uint16_t> group_scales(m.scale_cols * kLanes);
+  for (int64_t first = 0; first < m.tiles * kTileRows; first += kLanes) {
+    uint8_t* tile = blob + layout.first_tile(part) + first / kTileRows * layout.tile_stride(part);
+    std::fill(columns.begin(), columns.end(), 8);  // weight 0
+    std::fill(group_scales.begin(), group_scales.end(), 0);
+    for (int64_t r = 0; r < std::clamp<int64_t>(m.rows - first, 0, kLanes); r++) {
+      const uint8_t* row = codes + (first + r) * row_bytes;
+      for (int64_t k = 0; k < m.cols; k++) columns[k * kLanes + r] = row[k / 2] >> (k % 2 * 4) & 15;
+      for (int64_t g = 0; g < m.scale_cols; g++) group_scales[g * kLanes + r] = scales[(first + r) * m.scale_cols + g];
+    }
+    place_rows<Int4>(m, columns.data(), group_scales.data(), first % kTileRows, tile);
+  }
 }
 
 void dequantize_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* blob, float* out) {

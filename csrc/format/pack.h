@@ -22,6 +22,9 @@ struct SourceMatrix {
 
 // Writes every byte of part's tiles; padding is zero. `quantize`: that of an integer format, from the kernel table.
 void pack_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from, Quantize quantize, uint8_t* blob);
+// As pack_matrix, for INT4 under the linear books, with codes and fp16 scales that are given. codes: [rows, ceil(cols/8) * 4],
+// two a byte, the first in the low bits; scales: [rows, ceil(cols/group)].
+void pack_codes(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* codes, const uint16_t* scales, uint8_t* blob);
 // out: [rows, cols] of that part.
 void dequantize_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* blob, float* out);
 

@@ -24,6 +24,12 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="new folder, or one where this was interrupted")],
     kt_method: Annotated[str, typer.Option(metavar="|".join(METHODS), help="weight format to pack the experts in")],
     threads: Annotated[int, typer.Option(min=0, help="experts packed at a time; 0 = all physical cores")] = 0,
+    group: Annotated[
+        int, typer.Option(metavar="32|64|128", help="columns that share a scale: INT4 32 or the checkpoint's, INT8 128")
+    ] = 0,
+    book: Annotated[
+        str, typer.Option(metavar="gaussian|linear", help="INT4's code books: gaussian, or linear to keep INT4 weights")
+    ] = "",
 ) -> None:
     """Pack a checkpoint's routed experts once, to be served with --kt-weight-path OUT.
 
@@ -32,7 +38,7 @@ def quantize(
     console = Console(stderr=True)
     start_log(console)
     torch.set_num_threads(1)  # several experts at a time use the cores better than several threads for one
-    conversion = Conversion(checkpoint, out, method_named(kt_method))
+    conversion = Conversion(checkpoint, out, method_named(kt_method), group, book)
     if conversion.finished:
         typer.echo(f"{len(conversion.finished)} of {len(conversion.layers)} layers are there already.", err=True)
     display = LoadDisplay(console, "packing")

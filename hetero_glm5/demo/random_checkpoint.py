@@ -88,7 +88,7 @@ class Draw:
         if self.fp8 and spec.quantised:
             scale = (name + SCALE_SUFFIX, scale_shape(spec.shape), torch.float32)
             return [(name, spec.shape, torch.float8_e4m3fn), scale]
-        return [(name, spec.shape, torch.float32 if spec.dtype == "F32" else self.dtype)]
+        return [(name, spec.shape, torch.float32 if spec.dtypes == ("F32",) else self.dtype)]
 
     def draw(self, name: str, spec: TensorSpec) -> list[torch.Tensor]:
         center, spread = _distribution(name, spec.shape)

@@ -146,12 +146,11 @@ class Engine:
                 cores=machine.cores,
                 numa_nodes=machine.numa_nodes,
                 packed_as=store.layout.method if store else None,
-                fp8_experts=source.fp8_experts,
+                quantised_as=source.quantised_as,
             )
             for note in notes:
                 log.info(note)
-            layout = ExpertLayout(config.kt_method, model_config.hidden_size, model_config.moe_intermediate_size)
-            return cls._load(config, source, store.layout if store else layout, machine, tokenizer)
+            return cls._load(config, source, source.layout(config.kt_method), machine, tokenizer)
         finally:
             source.close()
 

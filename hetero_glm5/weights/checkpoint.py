@@ -5,7 +5,8 @@ BLOCK_BYTES straight into the destination: a memory map would keep every page it
 file is closed, and a whole-tensor read would hold large tensors twice while they change type.
 
 FP8 tensors have a companion `<name>_scale_inv` (fp32, one multiplier for each 128x128 block, ragged at the edges);
-value = float(q) · scale. A tensor is FP8 exactly if its companion exists, whatever config.json lists.
+value = float(q) · scale. A tensor is FP8 exactly if its companion exists, whatever config.json lists. An INT4 weight is
+several tensors under names of their own (names.int4_tensors); how they are to be read, config.json says.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ import torch
 from torch import Tensor
 
 from hetero_glm5.core import UserError
-from hetero_glm5.model_config import FP8_BLOCK, read_json
-from hetero_glm5.weights.names import SCALE_SUFFIX, TensorSpec, scale_shape
+from hetero_glm5.model_config import COMPRESSED_TENSORS, FP8_BLOCK, int4_scheme, read_json
+from hetero_glm5.weights.int4_matrix import Int4Matrix
+from hetero_glm5.weights.names import SCALE_SUFFIX, TensorSpec, int4_tensors, scale_shape
 
 BLOCK_BYTES = 64 << 20
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 100 << 20  # the safetensors specification's limit
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+DTYPES = FLOATS | {"I32": torch.int32, "I64": torch.int64}
 
 
 class CheckpointError(UserError):
@@ -96,6 +99,7 @@ class Checkpoint:
             if twice:
                 raise CheckpointError(f"{path} holds {_some(twice)}, and so does {self.entries[twice[0]].path}.")
             self.entries |= header
+        self.int4 = int4_scheme(self.folder)
         self._files = Files()
 
     def close(self) -> None:
@@ -108,17 +112,22 @@ class Checkpoint:
     def check(self, needed: dict[str, TensorSpec], known: dict[str, TensorSpec]) -> None:
         """Compares headers with the name table: every `needed` tensor must be there, every tensor must be `known`, and
         shapes, types and scales must fit. Raises one CheckpointError that lists all that is wrong."""
-        scales = {name + SCALE_SUFFIX: spec for name, spec in known.items() if spec.quantised}
+        parts: dict[str, TensorSpec] = {}  # of quantised weights
+        for name, spec in known.items():
+            if spec.quantised:
+                parts[name + SCALE_SUFFIX] = TensorSpec(scale_shape(spec.shape), dtypes=("F32",))
+            parts |= self._int4_parts(name, spec)
         misfits = []
         for name, entry in self.entries.items():
-            if name in scales:
-                misfits += _misfits(name, entry, TensorSpec(scale_shape(scales[name].shape), dtype="F32"))
+            if name in parts:
+                misfits += _misfits(name, entry, parts[name])
             elif name in known:
                 misfits += _misfits(name, entry, known[name])
                 misfits += self._scale_misfits(name, entry, known[name])
+                misfits += [f"{name} is there and so is {part}" for part in self._int4_names(name)]
         problems = {
-            "missing": [name for name in needed if name not in self.entries],
-            "unexpected": [name for name in self.entries if name not in known and name not in scales],
+            "missing": [part for name, spec in needed.items() for part in self._missing(name, spec)],
+            "unexpected": [name for name in self.entries if name not in known and name not in parts],
             "not as expected": misfits,
         }
         found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
@@ -133,13 +142,43 @@ class Checkpoint:
             return [f"{name} has a {SCALE_SUFFIX.lstrip('_')} but is {entry.dtype}, not F8_E4M3"]
         return []
 
+    def _int4_parts(self, name: str, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """What a Linear weight would be stored as in INT4, if the checkpoint has any such."""
+        return int4_tensors(name, spec.shape, self.int4) if self.int4 and len(spec.shape) == 2 else {}
+
+    def _missing(self, name: str, spec: TensorSpec) -> list[str]:
+        """What `name` lacks to be complete: nothing, itself, or parts of an INT4 weight."""
+        if not self.stored(name):
+            return [name]
+        if self.method(name) != "INT4":
+            return []
+        order_matters = self.int4 is not None and self.int4.act_order
+        absent = [part for part in self._int4_parts(name, spec) if part not in self.entries]
+        return [part for part in absent if order_matters or not part.endswith("g_idx")]
+
+    def _int4_names(self, name: str) -> list[str]:
+        """The tensors that are there of an INT4 weight, in the order of names.int4_tensors."""
+        return [part for part in int4_tensors(name, (1, 1), self.int4) if part in self.entries] if self.int4 else []
+
+    def stored(self, name: str) -> list[str]:
+        """The tensors that weight `name` is made of: itself, in FP8 its scales too, or the parts of INT4. Empty if it
+        is not there."""
+        if name not in self.entries:
+            return self._int4_names(name)
+        return [name, name + SCALE_SUFFIX] if self.is_fp8(name) else [name]
+
+    def method(self, name: str) -> str:
+        """FP8 or INT4 if that weight is quantised so, else empty."""
+        if self.is_fp8(name):
+            return "FP8"
+        return "INT4" if name not in self.entries and self._int4_names(name) else ""
+
     def is_fp8(self, name: str) -> bool:
         return name + SCALE_SUFFIX in self.entries
 
     def num_bytes(self, name: str) -> int:
         """Bytes on disk, the scales included."""
-        scale = self.entries.get(name + SCALE_SUFFIX)
-        return self.entries[name].num_bytes + (scale.num_bytes if scale else 0)
+        return sum(self.entries[part].num_bytes for part in self.stored(name))
 
     def read_raw(self, *names: str) -> tuple[Tensor, ...]:
         """Tensors as stored, on the CPU, all in one allocation: malloc keeps freed blocks below its mmap threshold (up
@@ -165,8 +204,46 @@ class Checkpoint:
         """The fp32 multipliers of an FP8 tensor [ceil(rows/128), ceil(cols/128)], or None."""
         return self.read_raw(name + SCALE_SUFFIX)[0] if self.is_fp8(name) else None
 
+    def read_int4(self, name: str) -> Int4Matrix:
+        """An INT4 weight, its codes and scales bit for bit. CheckpointError if its zeros or its order of columns cannot
+        be kept."""
+        assert self.int4
+        group = self.int4.group
+        if self.int4.kind == COMPRESSED_TENSORS:
+            words, scales, shape = self.read_raw(*self.stored(name))
+            rows, cols = shape.tolist()
+            if words.shape != (rows, -(-cols // 8)):
+                found = f"{name}_packed has {list(words.shape)} words"
+                raise CheckpointError(f"{name}_shape is {[rows, cols]}, but {found}. Fetch the shard again.")
+            return Int4Matrix(words.view(torch.uint8), scales, cols, group)
+        words, zeros, scales, *order = self.read_raw(*self.stored(name))
+        zero = self.int4.stored_zero
+        nibbles = zeros.view(torch.uint8)
+        wrong = nibbles[nibbles != zero * 17]
+        if len(wrong):
+            found = next(nibble for nibble in (wrong[0].item() & 15, wrong[0].item() >> 4) if nibble != zero)
+            raise CheckpointError(
+                f"{self.stored(name)[1]} holds {found} where only {zero} can be read: the zero must lie in the middle, "
+                "as symmetric quantisation has it. Quantise the model again with sym, or use its BF16 checkpoint."
+            )
+        cols = len(words) * 8
+        if order and not torch.equal(order[0], torch.arange(cols, dtype=torch.int32) // group):
+            raise CheckpointError(
+                f"{self.stored(name)[3]} puts columns in an order of their own (act-order); only groups of "
+                "neighbouring columns can be read. Quantise the model again without desc_act, or use its BF16 "
+                "checkpoint."
+            )
+        return Int4Matrix(words.T.contiguous().view(torch.uint8), scales.T.contiguous(), cols, group)
+
     def read(self, name: str, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-        """The tensor converted (FP8: dequantised) to `dtype` on `device`; never more than one block in between."""
+        """The tensor converted (FP8, INT4: dequantised) to `dtype` on `device`; never more than one block in between,
+        and the codes of an INT4 weight."""
+        if self.method(name) == "INT4":
+            matrix = self.read_int4(name)
+            out = torch.empty(matrix.shape, dtype=dtype, device=device)
+            for a in range(0, len(out), FP8_BLOCK):
+                out[a : a + FP8_BLOCK] = matrix[a : a + FP8_BLOCK].to(dtype)
+            return out
         entry, scales = self.entries[name], self.read_scales(name)
         if DTYPES[entry.dtype] == dtype and device == "cpu":
             return self.read_raw(name)[0]
@@ -273,7 +350,7 @@ def _is_file(path: Path) -> bool:
 def _misfits(name: str, entry: Entry, spec: TensorSpec) -> list[str]:
     if entry.shape != spec.shape:
         return [f"{name} has shape {list(entry.shape)}, expected {list(spec.shape)}"]
-    allowed = (spec.dtype,) if spec.dtype else tuple(DTYPES) if spec.quantised else ("F32", "F16", "BF16")
+    allowed = spec.dtypes or (tuple(FLOATS) if spec.quantised else ("F32", "F16", "BF16"))
     if entry.dtype not in allowed:
         return [f"{name} is {entry.dtype}, expected {' or '.join(allowed)}"]
     return []

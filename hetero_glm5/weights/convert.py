@@ -26,7 +26,7 @@ from torch import Tensor
 from hetero_glm5.core import LoadProgress, UserError
 from hetero_glm5.model_config import FP8_BLOCK, ModelConfig
 from hetero_glm5.weights.checkpoint import Checkpoint, dequantise
-from hetero_glm5.weights.expert_source import RawExpert, expert_names, pack, read_expert
+from hetero_glm5.weights.expert_source import RawExpert, checkpoint_layout, expert_names, pack, read_expert
 from hetero_glm5.weights.expert_store import (
     PARTIAL,
     ExpertStore,
@@ -40,8 +40,8 @@ from hetero_glm5.weights.expert_store import (
     router_fingerprint,
     router_names,
 )
-from hetero_glm5.weights.names import SCALE_SUFFIX, expected_tensors, expert_tensors
-from hetero_glm5.weights.quantize import ExpertLayout, PackedExperts
+from hetero_glm5.weights.names import expected_tensors, expert_tensors
+from hetero_glm5.weights.quantize import PackedExperts
 
 REPORT = "errors.json"
 SAMPLE_BYTES = 4096  # of each matrix, in the fingerprint of what was packed
@@ -52,10 +52,13 @@ GIB = 1 << 30
 class Conversion:
     """A checkpoint, a layout and a folder, found to fit together. Raises UserError before anything is written."""
 
-    def __init__(self, folder: str | Path, out: str | Path, method: str):
+    def __init__(self, folder: str | Path, out: str | Path, method: str, group: int = 0, book: str = ""):
         self.config = ModelConfig.load(folder)
         self.checkpoint, self.out = Checkpoint(folder), Path(out)
-        self.layout = ExpertLayout(method, self.config.hidden_size, self.config.moe_intermediate_size)
+        try:
+            self.layout = checkpoint_layout(self.checkpoint, self.config, method, group, book)
+        except ValueError as error:
+            raise UserError(f"--{error}; change it or leave it out.") from error
         self.layers = self._layers()
         self._check_names()
         self._refuse_strangers()
@@ -91,7 +94,8 @@ class Conversion:
             packed = scratch.get()
             try:
                 raw = read_expert(self.checkpoint, writer.head.layer, expert)
-                pack(self.layout, packed.blob(0), raw, f"expert {expert} of layer {writer.head.layer}")
+                who = f"expert {expert} of layer {writer.head.layer}"
+                pack(self.layout, packed.blob(0), raw, who, round_scales=True)
                 writer.write(expert, packed.blob(0), relative_error(raw, packed))
             finally:
                 scratch.put(packed)
@@ -108,7 +112,7 @@ class Conversion:
         """The MoE layers; the MTP layer too if the checkpoint has its experts."""
         mtp = self.config.num_hidden_layers
         names = expert_tensors(self.config, mtp) if self.config.num_nextn_predict_layers else {"": None}
-        here = all(name in self.checkpoint.entries for name in names)
+        here = all(map(self.checkpoint.stored, names))
         return (*self.config.moe_layers, *((mtp,) if here else ()))
 
     def _names(self, layer: int) -> list[str]:
@@ -163,7 +167,7 @@ class Conversion:
         digest = hashlib.blake2b(digest_size=16)
         for expert in range(self.config.n_routed_experts):
             for name in expert_names(layer, expert):
-                for stored in (name, name + SCALE_SUFFIX)[: 1 + self.checkpoint.is_fp8(name)]:
+                for stored in self.checkpoint.stored(name):
                     entry = self.checkpoint.entries[stored]
                     digest.update(f"{stored} {entry.dtype} {entry.shape}".encode())
                     digest.update(self.checkpoint.read_start(stored, SAMPLE_BYTES))

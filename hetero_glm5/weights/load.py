@@ -15,7 +15,13 @@ from torch import Tensor
 from hetero_glm5.core import LoadProgress
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.weights.checkpoint import Checkpoint
-from hetero_glm5.weights.expert_source import CheckpointExperts, ExpertSource, MappedExperts, StoredExperts
+from hetero_glm5.weights.expert_source import (
+    CheckpointExperts,
+    ExpertSource,
+    MappedExperts,
+    StoredExperts,
+    checkpoint_layout,
+)
 from hetero_glm5.weights.expert_store import ExpertStore
 from hetero_glm5.weights.names import TensorSpec, expected_tensors, expert_tensors
 from hetero_glm5.weights.quantize import ExpertLayout
@@ -77,10 +83,18 @@ class ModelWeights:
         return weights
 
     @property
-    def fp8_experts(self) -> bool:
-        """Whether the experts are a checkpoint's, all of them FP8."""
-        experts = self._experts
-        return isinstance(experts, Checkpoint) and all(experts.is_fp8(name) for name in self._routed)
+    def quantised_as(self) -> str:
+        """FP8 or INT4 if the experts are a checkpoint's and all of them that, else empty."""
+        if not isinstance(self._experts, Checkpoint):
+            return ""
+        methods = set(map(self._experts.method, self._routed))
+        return methods.pop() if len(methods) == 1 else ""
+
+    def layout(self, method: str) -> ExpertLayout:
+        """How the experts are packed, or would be as `method`."""
+        if isinstance(self._experts, Checkpoint):
+            return checkpoint_layout(self._experts, self.config, method)
+        return self._experts.layout
 
     @property
     def mappable(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hetero_glm5.model_config import FP8_BLOCK, ModelConfig
+from hetero_glm5.model_config import COMPRESSED_TENSORS, FP8_BLOCK, Int4Scheme, ModelConfig
 
 SCALE_SUFFIX = "_scale_inv"
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -17,7 +17,7 @@ EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     quantised: bool = False  # FP8 with 128x128 scales in GLM-5-FP8
-    dtype: str | None = None  # the safetensors type it always has; None: the checkpoint's
+    dtypes: tuple[str, ...] = ()  # the safetensors types it may have; (): the checkpoint's
     float32: bool = False  # held in fp32 whatever the compute type is
 
 
@@ -32,6 +32,31 @@ def expert_prefix(layer: int, expert: int) -> str:
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of `<name>_scale_inv`: one multiplier for each 128x128 block, the last ones ragged."""
     return tuple(-(-dim // FP8_BLOCK) for dim in shape)
+
+
+def int4_tensors(name: str, shape: tuple[int, ...], scheme: Int4Scheme) -> dict[str, TensorSpec]:
+    """What the INT4 weight `name` [N, K] is stored as; the first holds the codes, eight in an int32, the lowest bits
+    first.
+
+    compressed-tensors, format pack-quantized (its PackedQuantizationCompressor): codes along K, N and K themselves.
+    GPTQ (AutoGPTQ, GPTQModel; https://danieldk.eu/GPTQ-Checkpoint-Format): everything transposed, zeros packed along N,
+    and the group of each column; the last may be missing where it says nothing.
+    """
+    rows, cols = shape
+    groups, floats = -(-cols // scheme.group), ("F16", "BF16", "F32")
+    if scheme.kind == COMPRESSED_TENSORS:
+        return {
+            f"{name}_packed": TensorSpec((rows, -(-cols // 8)), dtypes=("I32",)),
+            f"{name}_scale": TensorSpec((rows, groups), dtypes=floats),
+            f"{name}_shape": TensorSpec((2,), dtypes=("I64", "I32")),
+        }
+    prefix = name.removesuffix("weight")
+    return {
+        f"{prefix}qweight": TensorSpec((-(-cols // 8), rows), dtypes=("I32",)),
+        f"{prefix}qzeros": TensorSpec((groups, -(-rows // 8)), dtypes=("I32",)),
+        f"{prefix}scales": TensorSpec((groups, rows), dtypes=floats),
+        f"{prefix}g_idx": TensorSpec((cols,), dtypes=("I32",)),
+    }
 
 
 def expected_tensors(config: ModelConfig, mtp: bool) -> dict[str, TensorSpec]:
@@ -78,7 +103,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
     if config.is_sparse(layer):
         # Rounding the router's logits or its bias (values near 7, 1e-3 apart) to bf16 changes the routing.
         tensors["mlp.gate.weight"] = TensorSpec((c.n_routed_experts, hidden), float32=True)
-        tensors["mlp.gate.e_score_correction_bias"] = TensorSpec((c.n_routed_experts,), dtype="F32", float32=True)
+        tensors["mlp.gate.e_score_correction_bias"] = TensorSpec((c.n_routed_experts,), dtypes=("F32",), float32=True)
         tensors |= _mlp("mlp.shared_experts.", hidden, c.moe_intermediate_size * c.n_shared_experts)
     else:
         tensors |= _mlp("mlp.", hidden, c.intermediate_size)

@@ -77,6 +77,18 @@ class ExpertLayout:
             _C.pack(self._c, target, part, _host_bytes(name, source), dtype, scale)
         target[self._end :] = 0
 
+    def pack_codes_into(self, blob: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+        """Packs the given gate, up and down [N, K] of INT4 under the linear books, bit for bit: W = (code - 8) * scale.
+
+        codes: uint8 [N, ceil(K/8) * 4] each, two a byte, the first in the low bits; scales: float16
+        [N, ceil(K/group)] each, finite. Releases the GIL. ValueError on another layout, shape or dtype.
+        """
+        target = host_array("blob", blob)
+        for part, (code, half) in enumerate(zip(codes, scales, strict=True)):
+            bits = host_array("scales", half.view(torch.int16))
+            _C.pack_codes(self._c, target, part, host_array("codes", code), bits)
+        target[self._end :] = 0
+
     def unpack(self, blob: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """blob uint8 [blob_bytes], any device -> gate [I, H], up [I, H], down [H, I] of that dtype, there.
 

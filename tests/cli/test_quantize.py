@@ -13,6 +13,8 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
+from int4 import KINDS, draw, int4_checkpoint, values
+from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
@@ -211,6 +213,86 @@ def test_fp8_of_a_checkpoint_that_is_not_is_refused(checkpoint, tmp_path):
     if "FP8" in METHODS:
         output = run("quantize", checkpoint, tmp_path / "out", "--kt-method", "FP8", code=1)
         assert "is not FP8" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["INT4", "RAWINT4", "GPTQ_INT4"])
+def test_an_int4_checkpoint_loses_nothing(checkpoints, tmp_path, kind, name):
+    folder = int4_checkpoint(checkpoints, kind, 64, torch.float16)
+    output = run("quantize", folder, tmp_path / "o", "--kt-method", name)
+    assert "as INT4" in output and f"{'all':>12}{0:>12.3e}{0:>12.3e}" in output
+    store = ExpertStore(tmp_path / "o")
+    assert (store.layout.group, store.layout.book) == (64, "linear") and list(store.files) == [2, 3, 4, 5]
+    packed = PackedExperts(store.layout, 16)
+    store.read(5, 9, packed.blob(9))
+    name = "model.layers.5.mlp.experts.9.gate_proj.weight"
+    assert torch.equal(packed.dequantize(9)[0], values(*draw(name, (128, 256), 64, torch.float16), 64))
+
+
+def test_experts_that_are_not_int4_are_quantised_with_their_books(checkpoints, tmp_path):
+    """An MTP layer that was left out, say. What it costs is in the report."""
+    source = int4_checkpoint(checkpoints, KINDS[0])
+    folder = shutil.copytree(source, tmp_path / "mixed")
+    tensors, plain = (load_file(path / "model.safetensors") for path in (source, tiny_checkpoint(checkpoints)))
+    last = "model.layers.5.mlp.experts."
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(last)}
+    tensors |= {name: tensor for name, tensor in plain.items() if name.startswith(last)}
+    save_file(tensors, str(folder / "model.safetensors"))
+    run("quantize", folder, tmp_path / "o", "--kt-method", "INT4")
+    report = json.loads((tmp_path / "o" / "errors.json").read_text())
+    assert [entry["worst"] == 0 for entry in report["layers"]] == [True, True, True, False]
+    assert report["layers"][3]["worst"] < 0.1 and ExpertStore(tmp_path / "o").layout.book == "linear"
+
+
+def test_an_fp8_checkpoint_loses_nothing(checkpoints, tmp_path):
+    folder = tiny_checkpoint(checkpoints, dtype="bfloat16", fp8=True)
+    run("quantize", folder, tmp_path / "o", "--kt-method", "FP8")
+    store, checkpoint = ExpertStore(tmp_path / "o"), Checkpoint(folder)
+    assert {error for file in store.files.values() for error in file.errors} == {0.0}
+    *codes, scales = read_expert(checkpoint, 5, 9)
+    packed = PackedExperts(store.layout, 16)
+    store.read(5, 9, packed.blob(9))
+    for stored, code, scale in zip(packed.dequantize(9), codes, scales, strict=True):
+        assert torch.equal(stored, code.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1))
+
+
+def test_group_and_book_are_chosen(checkpoints, tmp_path):
+    """Larger groups lose more, the linear books lose more, and an INT4 checkpoint keeps what agrees with its own."""
+    imported, plain = int4_checkpoint(checkpoints, "gptq", 32, torch.float16), tiny_checkpoint(checkpoints)
+    errors = {}
+    for number, (folder, method, group, book) in enumerate(
+        [
+            (plain, "INT4", 32, "gaussian"),
+            (plain, "INT4", 64, "gaussian"),
+            (plain, "INT4", 128, "gaussian"),
+            (plain, "INT4", 32, "linear"),
+            (plain, "INT8", 32, ""),
+            (plain, "INT8", 128, ""),
+            (imported, "INT4", 32, "linear"),
+            (imported, "INT4", 64, ""),
+        ]
+    ):
+        flags = ["--group", group, *(["--book", book] if book else [])]
+        run("quantize", folder, tmp_path / f"{number}", "--kt-method", method, *flags)
+        layout = ExpertStore(tmp_path / f"{number}").layout
+        assert (layout.group, layout.book) == (group, book or {"INT4": "gaussian"}.get(method, ""))
+        errors[number] = json.loads((tmp_path / f"{number}" / "errors.json").read_text())["mean"]
+    assert 0.06 < errors[0] < errors[1] < errors[2] < 0.1 and errors[0] < errors[3] < 0.1
+    assert 0.003 < errors[4] < errors[5] < 0.01 and errors[6] == 0 and errors[7] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["BF16", "--group", "64"], "--group is 64, but BF16 has no groups"),
+        (["INT4", "--group", "16"], "--group is 16, must be 32, 64 or 128 in INT4"),
+        (["INT8", "--book", "linear"], "--book is 'linear', but INT8 has no books"),
+        (["INT4", "--book", "Gauss"], "--book is 'Gauss', must be gaussian or linear"),
+    ],
+)
+def test_a_group_or_book_that_cannot_be_is_refused(checkpoint, tmp_path, flags, words):
+    output = run("quantize", checkpoint, tmp_path / "o", "--kt-method", *flags, code=1)
+    assert f"error: {words}; change it or leave it out." in output and not (tmp_path / "o").exists()
 
 
 def test_two_at_a_time_are_refused(checkpoint, tmp_path):

@@ -51,7 +51,7 @@ def test_holds_exactly_the_expected_tensors(checkpoints, overrides):
     tensors = read(folder)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {k: v.shape for k, v in expected.items()}
     for name, tensor in tensors.items():
-        assert tensor.dtype == (torch.float32 if expected[name].dtype == "F32" else torch.bfloat16), name
+        assert tensor.dtype == (torch.float32 if expected[name].dtypes == ("F32",) else torch.bfloat16), name
 
 
 def test_no_mtp_layer_without_nextn(tmp_path):

@@ -72,7 +72,7 @@ def test_everything_wrong_is_told_at_once(tmp_path):
         "fp8": TensorSpec((4, 4), True),
         "scaled": TensorSpec((4, 4), True),
         "grid": TensorSpec((130, 4), True),
-        "bias": TensorSpec((2,), dtype="F32"),
+        "bias": TensorSpec((2,), dtypes=("F32",)),
         "counts": TensorSpec((2,)),
         "gone": TensorSpec((1,)),
     }
