@@ -48,7 +48,8 @@ def instruction_of(method: str, isa: str) -> str:
     wide = {"avx2": "fma256", "scalar": "mulps"}.get(isa, "fma512")
     if wide != "fma512" or isa == "avx512" or method == "FP32":
         return wide
-    return "vpdpbusd" if method.startswith("INT") else "vdpbf16ps"
+    integer, other = ("tdpbsud", "tdpbf16ps") if isa == "amx" else ("vpdpbusd", "vdpbf16ps")
+    return integer if method.startswith("INT") else other
 
 
 @dataclass(frozen=True)

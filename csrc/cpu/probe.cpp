@@ -47,9 +47,31 @@ PEAK_LOOP(loop_fma512, DO24(CLEAR_Z) CLEAR_Z(24) CLEAR_Z(25), DO24(FMA_Z), "vzer
 PEAK_LOOP(loop_fma256, DO12(CLEAR_Y) CLEAR_Y(12) CLEAR_Y(13), DO12(FMA_Y), "vzeroupper")
 PEAK_LOOP(loop_mulps, DO12(CLEAR_X) CLEAR_X(12), DO12(MUL_X), "")
 
+// Six C tiles of zeros hide the latency of one pipe (52 cycles, one start every 16). The configuration stands in memory as ldtilecfg reads it.
+struct alignas(64) FullTiles {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr FullTiles kFullTiles;
+#define DO6(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define TDPBF16PS(n) "tdpbf16ps %%tmm7,%%tmm6,%%tmm" #n "\n\t"
+#define TDPBSUD(n) "tdpbsud %%tmm7,%%tmm6,%%tmm" #n "\n\t"
+#define TILE_LOOP(name, body)                                                                                        \
+  void name(int64_t turns) {                                                                                         \
+    asm volatile("ldtilecfg %1\n\t.p2align 6\n1:\n\t" body "dec %0\n\tjnz 1b\n\ttilerelease"                        \
+                 : "+r"(turns) : "m"(kFullTiles) : "cc", "memory");                                                  \
+  }
+TILE_LOOP(loop_tdpbf16ps, DO6(TDPBF16PS))
+TILE_LOOP(loop_tdpbsud, DO6(TDPBSUD))
+
 bool has(uint32_t features) { return (cpu_features() & features) == features; }
 
+bool has_tiles() { return has(kFeatureAmx) && !amx_is_emulated(); }
+
 constexpr Instruction kInstructions[] = {
+    {"tdpbsud", 6 * 32768, loop_tdpbsud, has_tiles},
+    {"tdpbf16ps", 6 * 16384, loop_tdpbf16ps, has_tiles},
     {"vpdpbusd", 24 * 128, loop_vpdpbusd, [] { return has(kFeatureAvx512) && __builtin_cpu_supports("avx512vnni"); }},
     {"vdpbf16ps", 24 * 64, loop_vdpbf16ps, [] { return has(kFeatureAvx512) && __builtin_cpu_supports("avx512bf16"); }},
     {"fma512", 24 * 32, loop_fma512, [] { return has(kFeatureAvx512); }},

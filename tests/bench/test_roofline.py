@@ -37,6 +37,8 @@ def test_every_format_has_an_instruction_on_every_isa():
             assert instruction_of(method, isa) in _C.probe.instructions()
     assert instruction_of("BF16", "avx512_bf16") == "vdpbf16ps"
     assert instruction_of("INT4", "avx512_bf16") == "vpdpbusd"
+    assert instruction_of("FP8", "amx") == "tdpbf16ps" and instruction_of("INT8", "amx") == "tdpbsud"
+    assert instruction_of("FP32", "amx") == "fma512"
     assert instruction_of("FP32", "avx512_bf16") == instruction_of("FP8", "avx512") == "fma512"
     assert instruction_of("BF16", "avx2") == "fma256"
 

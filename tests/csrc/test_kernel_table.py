@@ -20,7 +20,7 @@ def selected(isa: str) -> subprocess.CompletedProcess:
 
 
 def test_best_first_and_scalar_everywhere():
-    order = ["avx512_bf16", "avx512", "avx2", "scalar"]
+    order = ["amx", "avx512_bf16", "avx512", "avx2", "scalar"]
     assert _C.isas() == [isa for isa in order if isa in _C.isas()]
     assert _C.isas()[-1] == "scalar"
 

@@ -17,6 +17,7 @@ def test_every_instruction_present_has_a_peak(threads):
 
 
 def test_instructions_follow_the_isas():
+    assert ("tdpbsud" in probe.instructions()) == ("tdpbf16ps" in probe.instructions()) == ("amx" in _C.isas())
     assert ("fma512" in probe.instructions()) == ("avx512" in _C.isas())
     assert ("fma256" in probe.instructions()) == ("avx2" in _C.isas())
 

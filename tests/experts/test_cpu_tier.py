@@ -103,6 +103,20 @@ def test_against_float64(method, isa, hidden, intermediate):
             assert_close(method, forward(experts, x, ids, mix), reference(packed, x, ids, mix))
 
 
+@pytest.mark.parametrize(
+    "numbers", [(1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 64), pytest.param((257,), marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("method", METHODS)
+def test_any_number_of_rows_of_an_expert(method, isa, numbers):
+    packed = weights(method, 130, 40)
+    experts = CpuExperts(packed, threads=2, isa=isa)
+    for rows in numbers:
+        x, ids, mix = call(rows, 130)
+        one = (torch.full_like(ids[:, :1], 2), mix[:, :1].nan_to_num(0.5))
+        assert_close(method, forward(experts, x, *one), reference(packed, x, *one))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("method", "group"), [("INT8", 32), ("INT8", 64), ("INT4", 64), ("INT4", 128)])
 def test_other_groups_against_float64(method, group, isa):

@@ -1,0 +1,32 @@
+"""Code for AMX runs here on machines without it, in processes of their own that preload an emulator."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hetero_glm5 import _C
+
+HERE = Path(__file__).parent
+
+
+def compiled(output: Path, *arguments: str) -> Path:
+    """What the C++ compiler makes of it; CXX names another one."""
+    command = [os.environ.get("CXX", "c++"), *arguments, "-o", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library to preload."""
+    if "amx" in _C.isas():
+        pytest.skip("this machine has AMX: its kernels are tested like all others")
+    if "avx512_bf16" not in _C.isas():
+        pytest.skip("the ISA amx also needs AVX-512 with BF16, VBMI and VNNI")
+    flags = ("-std=c++20", "-O3", "-mavx512f", "-shared", "-fPIC")
+    return compiled(tmp_path_factory.mktemp("amx") / "libamx.so", *flags, str(HERE / "amx_emulator.cpp"))
