@@ -16,7 +16,7 @@ CARD = (
     "--max-total-tokens 128000 --attention-backend flashinfer --fp8-gemm-backend cutlass --kv-cache-dtype bf16 "
     "--tool-call-parser glm47 --reasoning-parser glm45 --watchdog-timeout 3000"
 )
-MACHINE = {"cuda": False, "cores": 2, "numa_nodes": (0,)}
+MACHINE = {"cuda": False, "node_cores": {0: 2}}
 
 
 def parse(line: str) -> tuple[EngineConfig, ServerConfig]:

@@ -10,7 +10,7 @@ namespace {
 
 std::vector<double> fork_join(int threads, double body, double gap, int calls) {
   py::gil_scoped_release release;
-  ThreadPool pool(threads, physical_cores(read_topology("/sys", usable_cpus())));
+  ThreadPool pool(group_threads(this_machine(), {}, threads));
   time_fork_join(pool, {threads, body, gap}, calls / 10 + 1);  // warms up
   return time_fork_join(pool, {threads, body, gap}, calls);
 }

@@ -19,6 +19,7 @@ class ExpertSource(Protocol):
 
     layout: ExpertLayout
     loaders: int
+    mapped: bool  # whether the host's experts stay in files: those cannot be divided over NUMA nodes
 
     def fill(self, blob: Tensor, layer: int, expert: int) -> None:
         """Writes one packed expert into `blob`, uint8 [blob_bytes], contiguous on the CPU."""
@@ -30,6 +31,7 @@ class ExpertSource(Protocol):
 class CheckpointExperts:
     """Packs each expert as it is read."""
 
+    mapped = False
     loaders = 4  # each holds one unpacked expert: 72 MiB in BF16
 
     def __init__(self, checkpoint: Checkpoint, layout: ExpertLayout):
@@ -39,12 +41,14 @@ class CheckpointExperts:
         pack(self.layout, blob, read_expert(self.checkpoint, layer, expert), f"expert {expert} of layer {layer}")
 
     def place(self, packed: PackedExperts, layer: int, expert: int) -> None:
-        self.fill(packed.blob(expert), layer, expert)
+        with packed.filling(expert) as blob:
+            self.fill(blob, layer, expert)
 
 
 class StoredExperts:
     """Copies from a store, checksums compared."""
 
+    mapped = False
     loaders = 8  # each holds one blob at most, on its way to the device: 72 MiB in BF16
 
     def __init__(self, store: ExpertStore):
@@ -54,11 +58,14 @@ class StoredExperts:
         self.store.read(layer, expert, blob)
 
     def place(self, packed: PackedExperts, layer: int, expert: int) -> None:
-        self.fill(packed.blob(expert), layer, expert)
+        with packed.filling(expert) as blob:
+            self.fill(blob, layer, expert)
 
 
 class MappedExperts(StoredExperts):
     """Leaves the host's experts in the store's files; they are read as they are used, and unchecked."""
+
+    mapped = True
 
     def place(self, packed: PackedExperts, layer: int, expert: int) -> None:
         self.store.map(layer, expert, packed)
