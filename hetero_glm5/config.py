@@ -248,15 +248,17 @@ class EngineConfig(Flags):
             return ()
         if count is not None and count > len(here):
             raise ConfigError(
-                f"--kt-threadpool-count is {count}; {machine}, and there is one pool for each. Use {len(here)}, or leave "
-                "it out."
+                f"--kt-threadpool-count is {count}; {machine}, and there is one pool for each. Use {len(here)}, or "
+                "leave it out."
             )
         return tuple(here[:count])
 
     def _settle_threads(self, nodes: tuple[int, ...], cores: int, notes: list[str]) -> int:
         where = f" of NUMA nodes {_listed(nodes)}" if nodes else ""
         if self.kt_cpuinfer > cores:
-            notes.append(f"--kt-cpuinfer {self.kt_cpuinfer}: there are {cores} physical cores{where}; using them.")
+            notes.append(
+                f"--kt-cpuinfer {self.kt_cpuinfer}: this process may use {cores} physical cores{where}; using them."
+            )
         threads = min(self.kt_cpuinfer or cores, cores)
         if threads < len(nodes):
             raise ConfigError(

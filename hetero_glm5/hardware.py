@@ -11,7 +11,6 @@ import torch
 
 from hetero_glm5 import _C
 
-
 SYSFS = Path("/sys")
 
 

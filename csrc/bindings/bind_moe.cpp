@@ -107,7 +107,7 @@ void bind_moe(py::module_& m) {
       .def(py::init<int, const std::optional<std::string>&, const std::vector<int>&>(), py::arg("threads"), py::arg("isa"),
            py::arg("nodes") = std::vector<int>())
       .def_property_readonly("threads", [](const PoolHandle& p) { return p.get()->threads.threads(); })
-      .def_property_readonly("placement", [](const PoolHandle& p) { return group_pairs(p.get()->placement); })
+      .def_property_readonly("thread_groups", [](const PoolHandle& p) { return group_pairs(p.get()->thread_groups); })
       .def_property_readonly("isa", [](const PoolHandle& p) { return p.get()->kernels.name; })
       .def("close", &PoolHandle::close);
   py::class_<Ticket>(m, "Ticket").def("wait", &Ticket::wait);

@@ -6,8 +6,8 @@ namespace hetero {
 
 HostPool::HostPool(int count, const char* isa, const std::vector<int>& nodes)
     : kernels(select_kernels(isa)),
-      placement(group_threads(this_machine(), nodes, count)),
-      threads(placement),
+      thread_groups(group_threads(this_machine(), nodes, count)),
+      threads(thread_groups),
       hidden(nodes),
       workers(threads.threads()) {}
 

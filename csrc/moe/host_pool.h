@@ -41,7 +41,7 @@ struct HostPool {
   HostPool(int threads, const char* isa, const std::vector<int>& nodes);
 
   const KernelTable& kernels;
-  const std::vector<ThreadGroup> placement;
+  const std::vector<ThreadGroup> thread_groups;
   ThreadPool threads;
   std::mutex turn;
   TokenGroups groups;

@@ -25,7 +25,7 @@ class HostPool:
         self._c = _C.HostPool(threads, isa, list(nodes))
         self.nodes = tuple(nodes)
         self.threads: int = self._c.threads
-        self.node_threads = tuple(len(cpus) for _, cpus in self._c.placement)
+        self.node_threads = tuple(len(cpus) for _, cpus in self._c.thread_groups)
         self.isa: str = self._c.isa
 
     def close(self) -> None:
