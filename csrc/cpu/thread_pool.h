@@ -3,9 +3,11 @@
 //
 // Each group of workers has an equal, contiguous part of the tasks, and each worker an equal share of its group's part,
 // which it takes in order; whoever has finished takes single tasks from the others' shares, its own group's first. So with a
-// group for each NUMA node and tasks in the order of nodes, a node's threads work on what the node holds. The caller waits only for workers that have entered the call: one that still sleeps, or that another
-// process keeps off its core, finds the gate closed and its share done. So small calls do not pay for waking threads, and
-// more threads than CPUs cost little.
+// group for each NUMA node, and the tasks in the order of nodes, a node's threads work on what their node holds.
+//
+// The caller waits only for workers that have entered the call: one that still sleeps, or that another process keeps off its
+// core, finds the gate closed and its share done. So small calls do not pay for waking threads, and more threads than CPUs
+// cost little.
 //
 // Workers watch a generation counter. They spin on it for a bounded time and then sleep on a futex, so an idle pool costs
 // nothing; the caller joins the same way. With more threads than CPUs nobody spins. No call allocates. The first exception

@@ -131,6 +131,7 @@ std::vector<ThreadGroup> group_threads(const std::vector<NumaNode>& nodes, const
   int count = 0;
   for (const auto& [node, unused] : cores) count += static_cast<int>(unused.size());
   if (threads == 0) threads = count;
+  CHECK(threads >= 1 && threads <= kMostThreads, "a thread pool needs 1 to ", kMostThreads, " threads, not ", threads);
   CHECK(threads >= static_cast<int>(groups.size()), "the host experts need at least ", groups.size(),
         " threads, one for each NUMA node, not ", threads);
   const bool pinned = threads <= count;

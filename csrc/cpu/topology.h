@@ -18,7 +18,7 @@ struct ThreadGroup {
   int node;               // kAnyNode: they belong to no node
   std::vector<int> cpus;  // one for each thread; kAnyCpu: it is not pinned
 };
-inline constexpr int kAnyNode = -1, kAnyCpu = -1;
+inline constexpr int kAnyNode = -1, kAnyCpu = -1, kMostThreads = 4096;
 
 std::vector<int> usable_cpus();  // of the calling thread
 // root: where sysfs is mounted (tests pass a fixture tree). Throws if no CPU of `usable` is found under it.
@@ -29,7 +29,7 @@ std::vector<int> physical_cores(const std::vector<NumaNode>& nodes);
 // One group for each of `ids`, or a single one over all nodes if there are none. `threads` are dealt out evenly, but no
 // node gets more than it has physical cores, and each thread gets a core of its own; 0 = as many threads as cores. With
 // more threads than cores none is pinned. A node listed twice shares its cores between two groups. Throws on an unknown
-// node and on fewer threads than groups.
+// node, on fewer threads than groups and on more than kMostThreads.
 std::vector<ThreadGroup> group_threads(const std::vector<NumaNode>& nodes, const std::vector<int>& ids, int threads);
 
 // "0-3,8" -> 0 1 2 3 8

@@ -7,8 +7,8 @@ namespace {
 
 using Layout = ExpertLayout;
 
-constexpr int64_t kPairs = 4;      // gate/up tile pairs of a task: 1.5 MiB of BF16 at GLM-5's size, 0.1 ms at 20 GB/s a thread
-constexpr int64_t kFewTiles = 4;   // down tiles of a task while reading weights dominates
+constexpr int64_t kPairs = 4;       // gate/up tile pairs of a task: 1.5 MiB of BF16 at GLM-5's size, 0.1 ms at 20 GB/s a thread
+constexpr int64_t kFewTiles = 4;    // down tiles of a task while reading weights dominates
 constexpr int64_t kManyTiles = 16;  // ... while re-reading hidden rows would
 constexpr int64_t kManyRowsPerExpert = 16;
 constexpr int64_t kTasksPerThread = 4;

@@ -84,7 +84,8 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
         raise UserError(
             f"host memory: {needs.host_experts} experts x {_gib(needs.expert)}, divided over {len(limits.nodes)} NUMA "
             f"node(s), put {_gib(share)} on each, but only {HOST_FRACTION} of {_gib(smallest)} available on one of "
-            "them may hold experts. Use a smaller --kt-method, more nodes, or put more experts on the device."
+            "them may hold experts. Use a smaller --kt-method, other --kt-numa-nodes, or put more experts on the "
+            "device."
         )
     budget, fixed = _budget(limits), _fixed(needs, limits)
     left = budget - fixed

@@ -49,7 +49,7 @@ class StoredExperts:
     """Copies from a store, checksums compared."""
 
     mapped = False
-    loaders = 8  # each holds one blob at most, on its way to the device: 72 MiB in BF16
+    loaders = 8  # each holds one blob at most, on its way to the device or to NUMA nodes: 72 MiB in BF16
 
     def __init__(self, store: ExpertStore):
         self.store, self.layout = store, store.layout

@@ -167,7 +167,7 @@ class PackedExperts:
             yield self.blob(expert)
             return
         self._check(expert)
-        blob = torch.empty(self.layout.blob_bytes, dtype=torch.uint8)
+        blob = PackedExperts(self.layout, 1).blob(0)  # in huge pages: twice as fast as torch.empty
         yield blob
         self.weights.write(expert, blob.numpy())
 
