@@ -3,8 +3,10 @@
     python bench/bench_pool.py [--calls 2000] [--threads 1,2] [--json]
 
 A call gives each thread one task. Empty tasks show what the caller pays; tasks that are busy for 20 us show whether the
-others come in time: over = time less one task's, or less their number per CPU where there are more threads than CPUs.
+others come in time. over = time less what the tasks take on as many CPUs as there are threads, or on all; slower = time
+over that.
 The gap is how long the caller was busy elsewhere since the call before; workers sleep after about 100 us.
+In the rows called crowded 64 tasks are shared by one, two, four and eight threads for each CPU.
 """
 
 from __future__ import annotations
@@ -19,26 +21,39 @@ from harness import Timing
 
 from hetero_glm5 import _C
 
+CPUS = len(os.sched_getaffinity(0))
 GAPS = (0.0, 20e-6, 200e-6, 2e-3)  # seconds
 BODIES = (0.0, 20e-6)
+CROWDS, CROWDED_TASKS = (1, 2, 4, 8), 64
 MOST_SECONDS = 2.0  # of one row, gaps included
 
 
 def rows(threads: list[int], calls: int) -> Iterator[dict[str, object]]:
-    cpus = len(os.sched_getaffinity(0))
     for gap in GAPS:
         fitting = max(1, min(calls, int(MOST_SECONDS / (gap + max(BODIES)))))
         for n in threads:
-            for body in BODIES:
-                ideal = body * math.ceil(n / cpus)
-                timing = Timing(tuple(_C.probe.fork_join(n, body, gap, fitting)))
-                yield row("fork_join", n, body, gap, Timing(tuple(s - ideal for s in timing.seconds)))
-        yield row("job_queue", 1, 0.0, gap, Timing(tuple(_C.probe.job_queue(gap, fitting))))
+            yield from (fork_join("fork_join", n, n, body, gap, fitting) for body in BODIES)
+        yield row("job_queue", 1, 0.0, gap, Timing(tuple(_C.probe.job_queue(gap, fitting))), 0.0)
+    for crowd in CROWDS:
+        yield fork_join("crowded", crowd * CPUS, CROWDED_TASKS, max(BODIES), 0.0, calls)
 
 
-def row(name: str, threads: int, body: float, gap: float, over: Timing) -> dict[str, object]:
-    facts = {"name": name, "threads": threads, "body_us": body * 1e6, "gap_us": gap * 1e6, "calls": len(over.seconds)}
-    return facts | {"median_us": over.median * 1e6, "p99_us": over.p99 * 1e6}
+def fork_join(name: str, threads: int, tasks: int, body: float, gap: float, calls: int) -> dict[str, object]:
+    ideal = body * math.ceil(tasks / min(threads, CPUS))
+    return row(name, threads, body, gap, Timing(tuple(_C.probe.fork_join(threads, tasks, body, gap, calls))), ideal)
+
+
+def row(name: str, threads: int, body: float, gap: float, timing: Timing, ideal: float) -> dict[str, object]:
+    return {
+        "name": name,
+        "threads": threads,
+        "body_us": body * 1e6,
+        "gap_us": gap * 1e6,
+        "calls": len(timing.seconds),
+        "over_us": (timing.median - ideal) * 1e6,
+        "p99_us": (timing.p99 - ideal) * 1e6,
+        "slower": timing.median / ideal if ideal else None,
+    }
 
 
 def main() -> None:
@@ -51,13 +66,15 @@ def main() -> None:
     powers = {min(2**i, cores) for i in range(cores.bit_length() + 1)}
     threads = [int(n) for n in args.threads.split(",")] if args.threads else [*sorted(powers), 2 * cores]
     if not args.json:
-        print(f"{'':<12}{'threads':>8}{'task us':>9}{'gap us':>8}{'calls':>7}{'over us':>10}{'p99 us':>10}")
+        columns = {"threads": 8, "task us": 9, "gap us": 8, "calls": 7, "over us": 10, "p99 us": 10, "slower": 8}
+        print(" " * 12 + "".join(f"{name:>{width}}" for name, width in columns.items()))
     for r in rows(threads, args.calls):
         if args.json:
             print(json.dumps(r), flush=True)
             continue
         line = f"{r['name']:<12}{r['threads']:>8}{r['body_us']:>9.0f}{r['gap_us']:>8.0f}{r['calls']:>7}"
-        print(line + f"{r['median_us']:>10.2f}{r['p99_us']:>10.2f}", flush=True)
+        line += f"{r['over_us']:>10.2f}{r['p99_us']:>10.2f}"
+        print(line if r["slower"] is None else f"{line}{r['slower']:>7.2f}x", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hetero_glm5.flags import ConfigError, Flags, flag
@@ -67,8 +68,10 @@ class EngineConfig(Flags):
         choices=tuple(KT_METHODS),
     )
     kt_cpuinfer: int = flag(0, "threads for the host experts; 0 = all physical cores", at_least=0)
-    kt_threadpool_count: int = flag(1, "NUMA pools for the host experts", at_least=1)
-    kt_numa_nodes: tuple[int, ...] | None = flag(None, "NUMA nodes of the host experts; default: all")
+    kt_threadpool_count: int | None = flag(
+        None, "NUMA nodes that the host experts and their threads are divided over; default: all", at_least=1
+    )
+    kt_numa_nodes: tuple[int, ...] | None = flag(None, "which NUMA nodes; default: the first --kt-threadpool-count")
     kt_num_gpu_experts: int = flag(0, "experts for each MoE layer held on the device", at_least=0)
     kt_gpu_experts_ratio: float | None = flag(
         None, "share of all routed experts held on the device, 0..1; overrides --kt-num-gpu-experts", at_least=0
@@ -157,15 +160,14 @@ class EngineConfig(Flags):
         model: ModelConfig,
         *,
         cuda: bool,
-        cores: int,
-        numa_nodes: tuple[int, ...],
+        node_cores: Mapping[int, int],
         packed_as: str | None = None,
         quantised_as: str = "",
     ) -> tuple[EngineConfig, list[str]]:
         """Settles every "auto" for this model and machine, but for --kt-weight-mode, which the memory settles.
 
-        packed_as: the method of the packed store at --kt-weight-path, if it is one. quantised_as: FP8 or INT4 if the
-        experts are a checkpoint's, all of them in that.
+        node_cores: physical cores by NUMA node. packed_as: the method of the packed store at --kt-weight-path, if it
+        is one. quantised_as: FP8 or INT4 if the experts are a checkpoint's, all of them in that.
 
         Returns the settled config and one sentence for each flag that means something else, or nothing, here.
         """
@@ -174,10 +176,8 @@ class EngineConfig(Flags):
             raise ConfigError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver.")
         device = "cuda" if self.device != "cpu" and cuda else "cpu"
         method = self._settle_method(packed_as, quantised_as, notes)
-        threads = min(self.kt_cpuinfer or cores, cores)
-        if self.kt_cpuinfer > cores:
-            notes.append(f"--kt-cpuinfer {self.kt_cpuinfer}: this process may use {cores} physical cores; using them.")
-        self._check_nodes(numa_nodes, notes)
+        nodes = self._settle_nodes(list(node_cores), notes)
+        threads = self._settle_threads(nodes, sum(node_cores[node] for node in nodes or node_cores), notes)
         self._check_gpu_flags(device, notes)
         if self.kt_num_gpu_experts > model.n_routed_experts:
             raise ConfigError(
@@ -195,6 +195,8 @@ class EngineConfig(Flags):
             device=device,
             kt_method=method,
             kt_cpuinfer=threads,
+            kt_threadpool_count=len(nodes) or 1,
+            kt_numa_nodes=nodes,
             kv_cache_dtype=self.dtype if kv == "auto" else kv,
         )
         return settled, notes
@@ -224,17 +226,46 @@ class EngineConfig(Flags):
             )
         return method
 
-    def _check_nodes(self, numa_nodes: tuple[int, ...], notes: list[str]) -> None:
-        if self.kt_numa_nodes is not None and set(self.kt_numa_nodes) != set(numa_nodes):
+    def _settle_nodes(self, here: list[int], notes: list[str]) -> tuple[int, ...]:
+        """The NUMA nodes to divide the host experts over; none on a machine with one, if that is not asked for."""
+        count, nodes = self.kt_threadpool_count, self.kt_numa_nodes
+        machine = f"this process may use NUMA node{'s' if len(here) > 1 else ''} {_listed(here)}"
+        if nodes:
+            unknown = [node for node in nodes if node not in here]
+            if unknown:
+                raise ConfigError(f"--kt-numa-nodes names node {unknown[0]}; {machine}.")
+            if len(set(nodes)) < len(nodes):
+                raise ConfigError(f"--kt-numa-nodes {_listed(nodes)} names a node twice; name each once.")
+            if count not in (None, len(nodes)):
+                raise ConfigError(
+                    f"--kt-threadpool-count is {count}, but --kt-numa-nodes names {len(nodes)}; there is one pool for "
+                    "each node. Leave one of the two out."
+                )
+            return nodes
+        if len(here) == 1:
+            if count is not None and count > 1:
+                notes.append(f"--kt-threadpool-count {count}: {machine}, on which one pool serves the host experts.")
+            return ()
+        if count is not None and count > len(here):
             raise ConfigError(
-                f"--kt-numa-nodes {' '.join(map(str, self.kt_numa_nodes))}: this process may use NUMA nodes "
-                f"{' '.join(map(str, numa_nodes))}, and this version uses all of them. Leave the flag out."
+                f"--kt-threadpool-count is {count}; {machine}, and there is one pool for each. Use {len(here)}, or "
+                "leave it out."
             )
-        if self.kt_threadpool_count > 1:
+        return tuple(here[:count])
+
+    def _settle_threads(self, nodes: tuple[int, ...], cores: int, notes: list[str]) -> int:
+        where = f" of NUMA nodes {_listed(nodes)}" if nodes else ""
+        if self.kt_cpuinfer > cores:
             notes.append(
-                f"--kt-threadpool-count {self.kt_threadpool_count}: one pool serves the {len(numa_nodes)} NUMA "
-                "node(s) of this machine; experts are not divided by node in this version."
+                f"--kt-cpuinfer {self.kt_cpuinfer}: this process may use {cores} physical cores{where}; using them."
             )
+        threads = min(self.kt_cpuinfer or cores, cores)
+        if threads < len(nodes):
+            raise ConfigError(
+                f"--kt-cpuinfer is {threads}; the host experts need a thread on each{where}. Use at least "
+                f"{len(nodes)}, or a smaller --kt-threadpool-count."
+            )
+        return threads
 
     def _check_gpu_flags(self, device: str, notes: list[str]) -> None:
         moves = []
@@ -254,6 +285,10 @@ class EngineConfig(Flags):
             notes.append("--enable-p2p-check has no effect with one device.")
         if self.disable_shared_experts_fusion:
             notes.append("--disable-shared-experts-fusion: the shared expert is never fused with routed ones.")
+
+
+def _listed(nodes: Iterable[int]) -> str:
+    return ", ".join(map(str, nodes))
 
 
 _SPECULATIVE = tuple(f.name for f in dataclasses.fields(EngineConfig) if f.name.startswith("speculative_"))

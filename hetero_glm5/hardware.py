@@ -11,12 +11,19 @@ import torch
 
 from hetero_glm5 import _C
 
+SYSFS = Path("/sys")
+
+
+@dataclass(frozen=True)
+class NumaNode:
+    cores: int  # physical cores of this process's cpuset
+    ram_available: int  # bytes: free, or holding what can be read again from files
+
 
 @dataclass(frozen=True)
 class Hardware:
     cpu: str
-    cores: int  # physical cores of this process's cpuset
-    numa_nodes: tuple[int, ...]
+    numa: dict[int, NumaNode]  # by id, those with usable cores
     ram_available: int  # bytes
     gpu: str | None
     gpu_free: int  # bytes
@@ -24,6 +31,10 @@ class Hardware:
     @property
     def cuda(self) -> bool:
         return self.gpu is not None
+
+    @property
+    def cores(self) -> int:
+        return sum(node.cores for node in self.numa.values())
 
 
 def cpu_name() -> str:
@@ -33,14 +44,22 @@ def cpu_name() -> str:
     return platform.machine()
 
 
+def node_ram(node: int, root: Path = SYSFS) -> int:
+    """Bytes of a NUMA node that are free or hold file pages; of the machine where the kernel shows no nodes."""
+    path = root / f"devices/system/node/node{node}/meminfo"
+    if not path.exists():
+        return psutil.virtual_memory().available
+    counted = ("MemFree:", "Active(file):", "Inactive(file):")
+    lines = map(str.split, path.read_text(encoding="ascii").splitlines())  # Node 0 MemFree: 5039160 kB
+    return sum(int(size) << 10 for _, _, name, size, *_ in lines if name in counted)
+
+
 def probe(*, gpu: bool) -> Hardware:
     """Looks at the machine; at a CUDA device, which creates a context there, only if `gpu`."""
-    nodes = _C.topology()
     has_gpu = gpu and torch.cuda.is_available()
     return Hardware(
         cpu=cpu_name(),
-        cores=sum(len(node["physical_cores"]) for node in nodes),
-        numa_nodes=tuple(node["id"] for node in nodes),
+        numa={n["id"]: NumaNode(len(n["physical_cores"]), node_ram(n["id"])) for n in _C.topology()},
         ram_available=psutil.virtual_memory().available,
         gpu=torch.cuda.get_device_name() if has_gpu else None,
         gpu_free=torch.cuda.mem_get_info()[0] if has_gpu else 0,

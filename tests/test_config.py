@@ -16,7 +16,8 @@ CARD = (
     "--max-total-tokens 128000 --attention-backend flashinfer --fp8-gemm-backend cutlass --kv-cache-dtype bf16 "
     "--tool-call-parser glm47 --reasoning-parser glm45 --watchdog-timeout 3000"
 )
-MACHINE = {"cuda": False, "cores": 2, "numa_nodes": (0,)}
+TWO_NODES = {"node_cores": {0: 4, 3: 2}}
+MACHINE = {"cuda": False, "node_cores": {0: 2}}
 
 
 def parse(line: str) -> tuple[EngineConfig, ServerConfig]:
@@ -84,7 +85,12 @@ def test_flags_that_cannot_work_are_refused_in_a_sentence(flags, words):
         ("--kt-weight-mode mmap", {}, {}, ["--kt-weight-mode mmap", "hetero-glm5 quantize", "--kt-weight-path"]),
         ("--kt-num-gpu-experts 17", {}, {}, ["17", "16"]),
         ("--context-length 8192", {}, {}, ["8192", "4096"]),
-        ("--kt-numa-nodes 0 1", {}, {}, ["0 1", "NUMA"]),
+        ("--kt-numa-nodes 0 1", {}, {}, ["--kt-numa-nodes names node 1", "NUMA node 0."]),
+        ("--kt-numa-nodes 0 2", {}, TWO_NODES, ["names node 2", "NUMA nodes 0, 3"]),
+        ("--kt-numa-nodes 3 3", {}, TWO_NODES, ["3, 3 names a node twice"]),
+        ("--kt-numa-nodes 3 --kt-threadpool-count 2", {}, TWO_NODES, ["--kt-threadpool-count is 2", "names 1;"]),
+        ("--kt-threadpool-count 3", {}, TWO_NODES, ["--kt-threadpool-count is 3", "NUMA nodes 0, 3", "Use 2"]),
+        ("--kt-cpuinfer 1", {}, TWO_NODES, ["--kt-cpuinfer is 1", "NUMA nodes 0, 3", "Use at least 2"]),
     ],
 )
 def test_flags_that_this_model_or_machine_refuses(flags, overrides, machine, words):
@@ -92,6 +98,31 @@ def test_flags_that_this_model_or_machine_refuses(flags, overrides, machine, wor
     with pytest.raises(ConfigError) as error:
         engine.resolve(model(**overrides), **(MACHINE | machine))
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "node_cores", "nodes", "threads", "noted"),
+    [
+        ("", {0: 2}, (), 2, []),
+        ("--kt-threadpool-count 1", {0: 2}, (), 2, []),
+        ("--kt-threadpool-count 2", {0: 2}, (), 2, ["--kt-threadpool-count 2: this process may use NUMA node 0,"]),
+        ("--kt-threadpool-count 2 --kt-cpuinfer 1", {5: 2}, (), 1, ["NUMA node 5"]),
+        ("--kt-numa-nodes 0", {0: 2}, (0,), 2, []),
+        ("", {0: 4, 3: 2}, (0, 3), 6, []),
+        ("--kt-cpuinfer 2", {0: 4, 3: 2}, (0, 3), 2, []),
+        ("--kt-cpuinfer 9", {0: 4, 3: 2}, (0, 3), 6, ["9: this process may use 6 physical cores of NUMA nodes 0, 3"]),
+        ("--kt-threadpool-count 1", {0: 4, 3: 2}, (0,), 4, []),
+        ("--kt-threadpool-count 1 --kt-cpuinfer 6", {0: 4, 3: 2}, (0,), 4, ["may use 4 physical cores of"]),
+        ("--kt-threadpool-count 2", {0: 4, 3: 2, 4: 2}, (0, 3), 6, []),
+        ("--kt-numa-nodes 3", {0: 4, 3: 2}, (3,), 2, []),
+        ("--kt-numa-nodes 4 0 --kt-threadpool-count 2", {0: 4, 3: 2, 4: 2}, (4, 0), 6, []),
+    ],
+)
+def test_numa_flags(flags, node_cores, nodes, threads, noted):
+    settled, notes = parse(flags)[0].resolve(model(), cuda=False, node_cores=node_cores)
+    assert (settled.kt_numa_nodes, settled.kt_cpuinfer) == (nodes, threads)
+    assert settled.kt_threadpool_count == max(1, len(nodes))
+    assert len(notes) == len(noted) and all(words in note for words, note in zip(noted, notes, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 #include <optional>
 
 #include "bindings/bindings.h"
+#include "cpu/arena.h"
 #include "cpu/topology.h"
 #include "kernel/kernel_table.h"
 
@@ -27,7 +28,9 @@ void bind_cpu(py::module_& m) {
         "The kernel set used by default: the best, or the one HETERO_GLM5_ISA names (ValueError if it is not present).");
   m.def("topology", &topology, py::arg("root") = "/sys", py::arg("cpus") = py::none(),
         "NUMA nodes with usable CPUs, ascending: dicts of id, cpus, physical_cores. cpus: the usable ones, default the cpuset.");
-  m.def("physical_cores", [] { return physical_cores(read_topology("/sys", usable_cpus())); },
+  m.def("binds_memory", [](int node) { return Arena(1, {node}).placed(); }, py::arg("node"),
+        "Whether the kernel lets this process bind memory to that NUMA node.");
+  m.def("physical_cores", [] { return physical_cores(this_machine()); },
         "One CPU number per physical core of the cpuset, node by node.");
 }
 

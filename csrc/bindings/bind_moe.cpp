@@ -11,8 +11,8 @@ namespace {
 // Python's HostPool: the C++ one until close().
 class PoolHandle {
  public:
-  PoolHandle(int threads, const std::optional<std::string>& isa)
-      : pool_(std::make_shared<HostPool>(threads, isa ? isa->c_str() : nullptr)) {}
+  PoolHandle(int threads, const std::optional<std::string>& isa, const std::vector<int>& nodes)
+      : pool_(std::make_shared<HostPool>(threads, isa ? isa->c_str() : nullptr, nodes)) {}
   std::shared_ptr<HostPool> get() const {
     CHECK(pool_ != nullptr, "this host pool is closed");
     return pool_;
@@ -104,8 +104,10 @@ class Ticket {
 
 void bind_moe(py::module_& m) {
   py::class_<PoolHandle, std::shared_ptr<PoolHandle>>(m, "HostPool")
-      .def(py::init<int, const std::optional<std::string>&>(), py::arg("threads"), py::arg("isa"))
+      .def(py::init<int, const std::optional<std::string>&, const std::vector<int>&>(), py::arg("threads"), py::arg("isa"),
+           py::arg("nodes") = std::vector<int>())
       .def_property_readonly("threads", [](const PoolHandle& p) { return p.get()->threads.threads(); })
+      .def_property_readonly("thread_groups", [](const PoolHandle& p) { return group_pairs(p.get()->thread_groups); })
       .def_property_readonly("isa", [](const PoolHandle& p) { return p.get()->kernels.name; })
       .def("close", &PoolHandle::close);
   py::class_<Ticket>(m, "Ticket").def("wait", &Ticket::wait);

@@ -8,11 +8,11 @@
 namespace hetero {
 namespace {
 
-std::vector<double> fork_join(int threads, double body, double gap, int calls) {
+std::vector<double> fork_join(int threads, int tasks, double body, double gap, int calls) {
   py::gil_scoped_release release;
-  ThreadPool pool(threads, physical_cores(read_topology("/sys", usable_cpus())));
-  time_fork_join(pool, {threads, body, gap}, calls / 10 + 1);  // warms up
-  return time_fork_join(pool, {threads, body, gap}, calls);
+  ThreadPool pool(group_threads(this_machine(), {}, threads));
+  time_fork_join(pool, {tasks, body, gap}, calls / 10 + 1);  // warms up
+  return time_fork_join(pool, {tasks, body, gap}, calls);
 }
 
 std::vector<double> job_queue(double gap, int calls) {
@@ -38,8 +38,8 @@ void bind_probe(py::module_& m) {
       .def("read", &Roofs::read, py::call_guard<py::gil_scoped_release>(), "Bytes per second of one pass over the memory.")
       .def("peak", &Roofs::peak, py::arg("instruction"), py::call_guard<py::gil_scoped_release>(),
            "Multiplies and adds per second, all threads.");
-  p.def("fork_join", &fork_join, py::arg("threads"), py::arg("body"), py::arg("gap"), py::arg("calls"),
-        "Seconds of each call of a new pool: one task per thread that is busy for `body` seconds, `gap` seconds after the last.");
+  p.def("fork_join", &fork_join, py::arg("threads"), py::arg("tasks"), py::arg("body"), py::arg("gap"), py::arg("calls"),
+        "Seconds of each call of a new pool: tasks that are busy for `body` seconds, `gap` seconds after the last call.");
   p.def("job_queue", &job_queue, py::arg("gap"), py::arg("calls"), "Seconds from submit to the return of wait, of empty jobs.");
 }
 

@@ -69,11 +69,16 @@ void bind_testing(py::module_& m) {
     return py::array_t<uint8_t>({bytes}, arena->data(), owner);
   });
   py::class_<ThreadPool>(t, "ThreadPool")
-      .def(py::init<int, const std::vector<int>&>(), py::arg("threads"), py::arg("cores") = std::vector<int>())
+      .def(py::init([](int threads, const std::vector<int>& nodes, int spin_us) {
+             return std::make_unique<ThreadPool>(group_threads(this_machine(), nodes, threads), std::chrono::microseconds(spin_us));
+           }), py::arg("threads"), py::arg("nodes") = std::vector<int>(), py::arg("spin_us") = ThreadPool::kSpin.count())
       .def_property_readonly("threads", &ThreadPool::threads)
       .def("for_each", &for_each)
       .def("sum_tasks", &sum_tasks);
   py::class_<PyJobQueue>(t, "JobQueue").def(py::init<>()).def("submit", &PyJobQueue::submit).def("wait", &PyJobQueue::wait);
+  t.def("group_threads", [](const std::string& root, const std::vector<int>& cpus, const std::vector<int>& nodes, int threads) {
+    return group_pairs(group_threads(read_topology(root, cpus), nodes, threads));
+  }, py::arg("root"), py::arg("cpus"), py::arg("nodes"), py::arg("threads"));
   t.attr("JOB_SLOTS") = JobQueue::kSlots;
 }
 

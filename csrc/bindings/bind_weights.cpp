@@ -2,7 +2,6 @@
 
 #include "bindings/bindings.h"
 #include "cpu/arena.h"
-#include "cpu/topology.h"
 #include "format/formats.h"
 #include "format/layout.h"
 #include "format/pack.h"
@@ -79,12 +78,6 @@ void dequantize(const ExpertLayout& layout, const py::array& blob, int part, py:
   dequantize_matrix(layout, static_cast<ExpertLayout::Part>(part), from, to);
 }
 
-std::vector<int> node_ids() {
-  std::vector<int> ids;
-  for (const NumaNode& node : read_topology("/sys", usable_cpus())) ids.push_back(node.id);
-  return ids.size() > 1 ? ids : std::vector<int>();
-}
-
 std::vector<int> resident_ids(const ExpertWeights& weights) {
   std::vector<int> ids;
   for (int e = 0; e < weights.experts(); e++)
@@ -95,6 +88,20 @@ std::vector<int> resident_ids(const ExpertWeights& weights) {
 py::array blob_view(const py::object& self, int expert) {
   const auto& weights = self.cast<const ExpertWeights&>();
   return py::array_t<uint8_t>({weights.layout().blob_bytes}, weights.blob(expert), self);
+}
+
+void write_expert(const ExpertWeights& weights, int expert, const py::array& blob) {
+  check_array<uint8_t>("blob", blob, {weights.layout().blob_bytes});
+  const auto* from = static_cast<const uint8_t*>(blob.data());
+  py::gil_scoped_release release;
+  weights.write(expert, from);
+}
+
+void read_expert(const ExpertWeights& weights, int expert, py::array& blob) {
+  check_array<uint8_t>("blob", blob, {weights.layout().blob_bytes});
+  auto* to = writable<uint8_t>("blob", blob);
+  py::gil_scoped_release release;
+  weights.read(expert, to);
 }
 
 void map_blob(const ExpertWeights& weights, int expert, int file, int64_t offset) {
@@ -141,11 +148,14 @@ void bind_weights(py::module_& m) {
   m.def("dequantize", &dequantize, py::arg("layout"), py::arg("blob"), py::arg("part"), py::arg("out"));
 
   py::class_<ExpertWeights, std::shared_ptr<ExpertWeights>>(m, "ExpertWeights")
-      .def(py::init([](const ExpertLayout& layout, int experts, const std::vector<int>& resident) {
-             return std::make_shared<ExpertWeights>(layout, experts, resident, node_ids());
-           }), py::arg("layout"), py::arg("experts"), py::arg("resident"))
+      .def(py::init([](const ExpertLayout& layout, int experts, const std::vector<int>& resident, const std::vector<int>& nodes) {
+             return std::make_shared<ExpertWeights>(layout, experts, resident, nodes);
+           }), py::arg("layout"), py::arg("experts"), py::arg("resident"), py::arg("nodes") = std::vector<int>())
       .def_property_readonly("resident", &resident_ids)
-      .def("blob", &blob_view)
+      .def_property_readonly("shards", [](const ExpertWeights& w) { return w.shards().size(); })
+      .def("blob", &blob_view, "The memory of an expert that is not divided.")
+      .def("write", &write_expert, py::arg("expert"), py::arg("blob"))
+      .def("read", &read_expert, py::arg("expert"), py::arg("blob"))
       .def("map", &map_blob, py::arg("expert"), py::arg("file"), py::arg("offset"),
            "Shows an open file's bytes from `offset` as the expert's blob; earlier views of it see them too.");
 }

@@ -7,8 +7,11 @@
 
 #include <initializer_list>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "base/check.h"
+#include "cpu/topology.h"
 
 namespace hetero {
 
@@ -19,6 +22,13 @@ void bind_weights(py::module_& m);
 void bind_moe(py::module_& m);
 void bind_probe(py::module_& m);
 void bind_testing(py::module_& m);
+
+// (node, CPU of each thread) of each group, -1 for any.
+inline std::vector<std::pair<int, std::vector<int>>> group_pairs(const std::vector<ThreadGroup>& groups) {
+  std::vector<std::pair<int, std::vector<int>>> pairs;
+  for (const ThreadGroup& group : groups) pairs.emplace_back(group.node, group.cpus);
+  return pairs;
+}
 
 inline std::string shape_text(const py::array& a) {
   std::string text = "[";

@@ -20,13 +20,13 @@ namespace {
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int kBits = 64;
 
-void place(void* data, int64_t bytes, const std::vector<int>& nodes) {
-  if (nodes.empty()) return;
+bool place(void* data, int64_t bytes, const std::vector<int>& nodes) {
+  if (nodes.empty()) return true;
   const int highest = *std::max_element(nodes.begin(), nodes.end());
   std::vector<unsigned long> mask(highest / kBits + 1);
   for (int node : nodes) mask[node / kBits] |= 1UL << (node % kBits);
   const int policy = nodes.size() == 1 ? MPOL_BIND : MPOL_INTERLEAVE;
-  syscall(SYS_mbind, data, bytes, policy, mask.data(), mask.size() * kBits + 1, 0);
+  return syscall(SYS_mbind, data, bytes, policy, mask.data(), mask.size() * kBits + 1, 0) == 0;
 }
 
 }  // namespace
@@ -39,7 +39,7 @@ Arena::Arena(int64_t bytes, const std::vector<int>& nodes) : bytes_(bytes) {
   const auto address = reinterpret_cast<uintptr_t>(mapping);
   data_ = mapping_ + (kHugePage - address % kHugePage) % kHugePage;
   if (bytes >= kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
-  place(data_, bytes, nodes);
+  placed_ = place(data_, bytes, nodes);
 }
 
 Arena::~Arena() {
@@ -51,6 +51,7 @@ void Arena::swap(Arena& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(mapped_, other.mapped_);
   std::swap(bytes_, other.bytes_);
+  std::swap(placed_, other.placed_);
 }
 
 void map_file(uint8_t* at, int64_t bytes, int file, int64_t offset) {

@@ -20,6 +20,7 @@ class Arena {
 
   uint8_t* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
+  bool placed() const { return placed_; }  // whether the kernel took the nodes
 
  private:
   void swap(Arena& other) noexcept;
@@ -27,6 +28,7 @@ class Arena {
   uint8_t* mapping_ = nullptr;
   uint8_t* data_ = nullptr;
   int64_t mapped_ = 0, bytes_ = 0;
+  bool placed_ = true;
 };
 
 // Shows bytes [offset, offset + bytes) of an open file in place of the memory at `at`, which stays mapped after the file is

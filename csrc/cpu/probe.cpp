@@ -7,7 +7,6 @@
 
 #include "base/check.h"
 #include "cpu/features.h"
-#include "cpu/topology.h"
 
 namespace hetero {
 namespace {
@@ -111,8 +110,7 @@ std::vector<const Instruction*> instructions() {
 }
 
 Roofs::Roofs(int threads, int64_t bytes)
-    : pool_(threads > 0 ? threads : static_cast<int>(physical_cores(read_topology("/sys", usable_cpus())).size()),
-            physical_cores(read_topology("/sys", usable_cpus()))) {
+    : pool_(group_threads(this_machine(), {}, threads)) {
   CHECK(bytes >= 0, "a probe cannot read ", bytes, " bytes");
   if (bytes == 0) return;
   memory_ = Arena((bytes + kChunk - 1) / kChunk * kChunk);

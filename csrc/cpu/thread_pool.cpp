@@ -4,20 +4,16 @@
 #include <pthread.h>
 #include <sched.h>
 
-#include <chrono>
 #include <system_error>
 #include <utility>
 
 #include "base/check.h"
 #include "cpu/futex.h"
-#include "cpu/topology.h"
 
 namespace hetero {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(100);  // several fork-joins' gap, far below a scheduler tick
 constexpr int kPausesPerLook = 64;
-constexpr int kMostThreads = 4096;
 
 void pin_to(int cpu) {  // best effort: a CPU that has left the cpuset leaves the worker unpinned
   const int cpus = cpu + 1;
@@ -29,27 +25,41 @@ void pin_to(int cpu) {  // best effort: a CPU that has left the cpuset leaves th
   CPU_FREE(set);
 }
 
-int checked_threads(int threads) {
-  CHECK(threads >= 1 && threads <= kMostThreads, "a thread pool needs 1 to ", kMostThreads, " threads, not ", threads);
+size_t count_threads(const std::vector<ThreadGroup>& groups) {
+  size_t threads = 0;
+  for (const ThreadGroup& group : groups) {
+    CHECK(!group.cpus.empty(), "each of a thread pool's ", groups.size(), " groups needs a thread");
+    threads += group.cpus.size();
+  }
   return threads;
 }
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads, const std::vector<int>& cores)
-    : shares_(checked_threads(threads)), may_spin_(threads <= static_cast<int>(usable_cpus().size())) {
-  const bool pinned = threads <= static_cast<int>(cores.size());
-  for (int worker = 1; worker < threads; worker++) {
-    const int cpu = pinned ? cores[worker] : -1;
-    try {
-      workers_.emplace_back([this, worker, cpu] {
-        if (cpu >= 0) pin_to(cpu);
-        worker_loop(worker);
-      });
-    } catch (const std::system_error&) {  // a limit on processes or memory
-      end_workers();
-      refuse("only ", worker, " of ", threads, " threads could be started; use fewer, or raise the limit on processes");
+ThreadPool::ThreadPool(const std::vector<ThreadGroup>& groups, std::chrono::microseconds spin)
+    : shares_(count_threads(groups)),
+      groups_(static_cast<int>(groups.size())),
+      spin_(shares_.size() <= usable_cpus().size() ? spin : std::chrono::microseconds(0)) {
+  int worker = 0;
+  for (int g = 0; g < groups_; g++) {
+    const Group group{g, worker, static_cast<int>(groups[g].cpus.size())};
+    for (int cpu : groups[g].cpus) {
+      shares_[worker].group = group;
+      if (worker > 0) start_worker(worker, cpu);
+      worker++;
     }
+  }
+}
+
+void ThreadPool::start_worker(int worker, int cpu) {
+  try {
+    workers_.emplace_back([this, worker, cpu] {
+      if (cpu != kAnyCpu) pin_to(cpu);
+      worker_loop(worker);
+    });
+  } catch (const std::system_error&) {  // a limit on processes or memory
+    end_workers();
+    refuse("only ", worker, " of ", threads(), " threads could be started; use fewer, or raise the limit on processes");
   }
 }
 
@@ -63,8 +73,8 @@ void ThreadPool::end_workers() {
 }
 
 template <class Done> bool ThreadPool::spin_until(Done done) const {
-  if (!may_spin_) return done();
-  const auto end = std::chrono::steady_clock::now() + kSpin;
+  if (spin_.count() == 0) return done();
+  const auto end = std::chrono::steady_clock::now() + spin_;
   do {
     for (int i = 0; i < kPausesPerLook; i++) {
       if (done()) return true;
@@ -128,20 +138,29 @@ void ThreadPool::fork_join(int64_t tasks, Call call, void* arg) {
 }
 
 void ThreadPool::split(int64_t tasks) {
-  const int64_t n = threads();
-  for (int64_t i = 0; i < n; i++) {
-    shares_[i].next.store(tasks * i / n, std::memory_order_relaxed);
-    shares_[i].end = tasks * (i + 1) / n;
+  for (int worker = 0; worker < threads(); worker++) {
+    Share& share = shares_[worker];
+    const Group& group = share.group;
+    const int64_t begin = tasks * group.number / groups_, count = tasks * (group.number + 1) / groups_ - begin;
+    const int64_t i = worker - group.first;
+    share.next.store(begin + count * i / group.size, std::memory_order_relaxed);
+    share.end = begin + count * (i + 1) / group.size;
   }
 }
 
 int64_t ThreadPool::take(int worker) {
-  for (int i = 0, n = threads(); i < n; i++) {
-    Share& share = shares_[(worker + i) % n];
-    if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
+  const Group& group = shares_[worker].group;
+  const int place = worker - group.first, others = threads() - group.size;
+  const auto take_from = [](Share& share) -> int64_t {
+    if (share.next.load(std::memory_order_relaxed) >= share.end) return -1;
     const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
-    if (task < share.end) return task;
-  }
+    return task < share.end ? task : -1;
+  };
+  for (int i = 0; i < group.size; i++)
+    if (const int64_t task = take_from(shares_[group.first + (place + i) % group.size]); task >= 0) return task;
+  for (int i = 0; i < others; i++)  // from the next group on; neighbours start at different workers
+    if (const int64_t task = take_from(shares_[(group.first + group.size + (place + i) % others) % threads()]); task >= 0)
+      return task;
   return -1;
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <set>
 
 #include "base/check.h"
@@ -105,10 +106,43 @@ std::vector<NumaNode> read_topology(const std::string& root, const std::vector<i
   return nodes;
 }
 
+std::vector<NumaNode> this_machine() { return read_topology("/sys", usable_cpus()); }
+
 std::vector<int> physical_cores(const std::vector<NumaNode>& nodes) {
   std::vector<int> cores;
   for (const NumaNode& node : nodes) cores.insert(cores.end(), node.physical_cores.begin(), node.physical_cores.end());
   return cores;
+}
+
+std::vector<ThreadGroup> group_threads(const std::vector<NumaNode>& nodes, const std::vector<int>& ids, int threads) {
+  std::map<int, std::vector<int>> cores;  // that no thread has yet, by node; the next one last
+  std::vector<ThreadGroup> groups;
+  for (int id : ids) {
+    const auto node = std::find_if(nodes.begin(), nodes.end(), [&](const NumaNode& n) { return n.id == id; });
+    CHECK(node != nodes.end(), "this process may use no CPU of NUMA node ", id);
+    groups.push_back({id, {}});
+    cores[id].assign(node->physical_cores.rbegin(), node->physical_cores.rend());
+  }
+  if (ids.empty()) {
+    groups.push_back({kAnyNode, {}});
+    const std::vector<int> all = physical_cores(nodes);
+    cores[kAnyNode].assign(all.rbegin(), all.rend());
+  }
+  int count = 0;
+  for (const auto& [node, unused] : cores) count += static_cast<int>(unused.size());
+  if (threads == 0) threads = count;
+  CHECK(threads >= 1 && threads <= kMostThreads, "a thread pool needs 1 to ", kMostThreads, " threads, not ", threads);
+  CHECK(threads >= static_cast<int>(groups.size()), "the host experts need at least ", groups.size(),
+        " threads, one for each NUMA node, not ", threads);
+  const bool pinned = threads <= count;
+  for (int i = 0; i < threads; i++) {
+    ThreadGroup* next = nullptr;
+    for (ThreadGroup& group : groups)
+      if ((!pinned || !cores[group.node].empty()) && (!next || group.cpus.size() < next->cpus.size())) next = &group;
+    next->cpus.push_back(pinned ? cores[next->node].back() : kAnyCpu);
+    if (pinned) cores[next->node].pop_back();
+  }
+  return groups;
 }
 
 }  // namespace hetero

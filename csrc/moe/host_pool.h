@@ -3,11 +3,13 @@
 #pragma once
 #include <cstdint>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "cpu/arena.h"
 #include "cpu/job_queue.h"
 #include "cpu/thread_pool.h"
+#include "cpu/topology.h"
 #include "kernel/kernels.h"
 #include "moe/token_groups.h"
 
@@ -15,17 +17,19 @@ namespace hetero {
 
 template <class T> class ScratchBuffer {
  public:
+  explicit ScratchBuffer(std::vector<int> nodes = {}) : nodes_(std::move(nodes)) {}
   void reserve(int64_t count) {  // contents are lost when it grows
     const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-    if (bytes > memory_.bytes()) memory_ = Arena(bytes + bytes / 2);
+    if (bytes > memory_.bytes()) memory_ = Arena(bytes + bytes / 2, nodes_);
   }
   T* data() const { return reinterpret_cast<T*>(memory_.data()); }
 
  private:
+  std::vector<int> nodes_;  // see Arena
   Arena memory_;
 };
 
-struct WorkerScratch {
+struct alignas(128) WorkerScratch {  // first written by its worker, which puts it on the worker's node
   ScratchBuffer<uint32_t> activations;  // packed rows of one panel ...
   int64_t packed_panel = -1;            // ... namely this one of the current call
   ScratchBuffer<float> sums;            // of two tiles and one panel
@@ -33,14 +37,15 @@ struct WorkerScratch {
 };
 
 struct HostPool {
-  // threads: 0 = every physical core of the cpuset. isa: a name, or null for the best.
-  HostPool(int threads, const char* isa);
+  // threads: 0 = every physical core. isa: a name, or null for the best. nodes: see group_threads.
+  HostPool(int threads, const char* isa, const std::vector<int>& nodes);
 
   const KernelTable& kernels;
+  const std::vector<ThreadGroup> thread_groups;
   ThreadPool threads;
   std::mutex turn;
   TokenGroups groups;
-  ScratchBuffer<uint32_t> hidden;  // packed activations of every panel: [sorted pair][words]
+  ScratchBuffer<uint32_t> hidden;  // packed activations of every panel: [sorted pair][words]; all nodes read all of it
   std::vector<WorkerScratch> workers;
   JobQueue queue;  // last: it drains first, and its jobs use the rest
 };

@@ -5,7 +5,9 @@
 // Two fork-joins. Job 1, over (panel of an expert's rows, a few tile pairs): gate and up, SiLU and product -> hidden, packed
 // (and quantised) there and then for job 2. Job 2, over a few tiles of y: a worker owns these columns for all tokens
 // and adds every expert's part in ascending order of expert, so y needs no reduction and no row depends on its batch mates
-// or on the number of threads. Both jobs stream an expert's tiles in the order of memory.
+// or on the number of threads. Both jobs stream an expert's tiles in the order of memory, and both have the same number of
+// tasks for each shard of the weights, one shard after the other: a pool with a group of threads for each shard's node then
+// begins with tasks whose weights are near. A panel's hidden rows are written and read by all.
 //
 // x is converted to the format's activation type inside job 1, once per worker and panel.
 #pragma once

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from hetero_glm5 import hardware
+from hetero_glm5 import _C, hardware
 from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import (
     Batch,
@@ -143,8 +143,7 @@ class Engine:
             config, notes = config.resolve(
                 model_config,
                 cuda=machine.cuda,
-                cores=machine.cores,
-                numa_nodes=machine.numa_nodes,
+                node_cores={id: node.cores for id, node in machine.numa.items()},
                 packed_as=store.layout.method if store else None,
                 quantised_as=source.quantised_as,
             )
@@ -172,10 +171,12 @@ class Engine:
             log.info(line)
 
         try:
-            pool = HostPool(threads=config.kt_cpuinfer)
+            pool = HostPool(threads=config.kt_cpuinfer, nodes=config.kt_numa_nodes or ())
         except ValueError as error:  # HETERO_GLM5_ISA names what this machine lacks
             raise UserError(f"{error}.") from error
         log.info("%s: host experts %s on %d threads, ISA %s", machine.cpu, config.kt_method, pool.threads, pool.isa)
+        if pool.nodes:
+            log.info(_where_experts_live(pool, mapped=memory.needs.mapped))
         model = GLM5(model_config, source.getter(dtype, config.device))
         experts = source.experts(layout, mapped=memory.needs.mapped, on_device=on_device)
         tiers = load_tiers(source, experts, slot_of, device=config.device, pool=pool)
@@ -186,6 +187,16 @@ class Engine:
         stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
         runner = Runner(model, tiers, cache, config.page_size)
         return cls(config, runner, Scheduler(config, pages, stopping), pool)
+
+
+def _where_experts_live(pool: HostPool, *, mapped: bool) -> str:
+    pairs = zip(pool.nodes, pool.node_threads, strict=True)
+    nodes = "NUMA nodes " + ", ".join(f"{node} ({threads} threads)" for node, threads in pairs)
+    if mapped:
+        return f"{nodes}: the host experts stay in files, so the kernel places their pages; they are not divided"
+    if not all(map(_C.binds_memory, pool.nodes)):
+        return f"{nodes}: the kernel refuses to bind memory to them here, so host experts lie where it puts them"
+    return f"{nodes}: each host expert is divided over them" if len(pool.nodes) > 1 else f"{nodes}: all host experts"
 
 
 def _placement(config: EngineConfig, model: ModelConfig) -> np.ndarray:
@@ -219,6 +230,7 @@ def _memory(
         host=machine.ram_available,
         shared=not gpu,
         fraction=config.mem_fraction_static,
+        nodes=tuple(machine.numa[node].ram_available for node in config.kt_numa_nodes or ()),
     )
     pool = config.max_total_tokens or config.context_length or 1
     mappable = source.mappable and config.kt_weight_mode == "auto"

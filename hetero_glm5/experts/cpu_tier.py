@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,12 +16,16 @@ class HostPool:
     """Threads, scratch and the queue thread, shared by all layers.
 
     threads: 0 = every physical core of the cpuset; the calling thread is one of them. isa: a name of _C.isas();
-    None = what HETERO_GLM5_ISA names, else the best. ValueError on a name that is not present. Calls take turns.
+    None = what HETERO_GLM5_ISA names, else the best. nodes: NUMA nodes, each with an even part of the threads, which
+    work first on what their node holds of experts divided over the same nodes; none = all nodes, as one.
+    ValueError on a name or a node that is not present, and on fewer threads than nodes. Calls take turns.
     """
 
-    def __init__(self, threads: int = 0, isa: str | None = None) -> None:
-        self._c = _C.HostPool(threads, isa)
+    def __init__(self, threads: int = 0, isa: str | None = None, nodes: Sequence[int] = ()) -> None:
+        self._c = _C.HostPool(threads, isa, list(nodes))
+        self.nodes = tuple(nodes)
         self.threads: int = self._c.threads
+        self.node_threads = tuple(len(cpus) for _, cpus in self._c.thread_groups)
         self.isa: str = self._c.isa
 
     def close(self) -> None:
@@ -43,7 +49,7 @@ class Ticket:
 class CpuExperts:
     """y[t] = sum over k of weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t]), e = ids[t, k], on the host.
 
-    A row's result does not depend, bit for bit, on the other rows or on the number of threads.
+    A row's result does not depend, bit for bit, on the other rows, the number of threads, or how experts are divided.
     pool: a shared HostPool; without one, an own pool of `threads` and `isa` is made.
     """
 

@@ -83,7 +83,7 @@ def load_tiers(
     with ThreadPoolExecutor(experts.loaders) as loaders:
         for layer in (i for i in source.layers if source.config.is_sparse(i)):
             resident = [e for e in ids if slot_of[layer, e] < 0]
-            packed = PackedExperts(layout, len(ids), resident)
+            packed = PackedExperts(layout, len(ids), resident, () if experts.mapped else pool.nodes)
             for _ in loaders.map(lambda e, packed=packed, layer=layer: place(packed, layer, e), ids):
                 source.tell("experts")
             if resident:

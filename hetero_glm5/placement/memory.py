@@ -37,6 +37,7 @@ class Limits:
     host: int
     shared: bool
     fraction: float  # --mem-fraction-static
+    nodes: tuple[int, ...] = ()  # what each NUMA node has, if the host experts are divided over nodes
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class MemoryPlan:
 
 def host_experts_fit(needs: Needs, limits: Limits, *, tokens: int, page: int) -> bool:
     """Whether the host experts can be in memory, beside a KV pool of `tokens` and the rest where they share it."""
+    if _share_of_a_node(needs, limits) > min(limits.nodes, default=0) * HOST_FRACTION:
+        return False
     if not limits.shared:
         return needs.host_bytes <= limits.host * HOST_FRACTION
     return _fixed(needs, limits) + -(-tokens // page) * page * needs.kv_token <= _budget(limits)
@@ -75,6 +78,14 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
             f"host memory: {needs.host_experts} experts x {_gib(needs.expert)} = {_gib(needs.host_bytes)}, but only "
             f"{HOST_FRACTION} of {_gib(limits.host)} available may hold them. Use a smaller --kt-method or put more "
             "experts on the device."
+        )
+    share, smallest = _share_of_a_node(needs, limits), min(limits.nodes, default=0)
+    if share > smallest * HOST_FRACTION:
+        raise UserError(
+            f"host memory: {needs.host_experts} experts x {_gib(needs.expert)}, divided over {len(limits.nodes)} NUMA "
+            f"node(s), put {_gib(share)} on each, but only {HOST_FRACTION} of {_gib(smallest)} available on one of "
+            "them may hold experts. Use a smaller --kt-method, other --kt-numa-nodes, or put more experts on the "
+            "device."
         )
     budget, fixed = _budget(limits), _fixed(needs, limits)
     left = budget - fixed
@@ -96,6 +107,10 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
             f"{page}), --chunked-prefill-size or --kt-num-gpu-experts, or raise --mem-fraction-static."
         )
     return MemoryPlan(needs, limits, tokens)
+
+
+def _share_of_a_node(needs: Needs, limits: Limits) -> int:
+    return needs.host_bytes // len(limits.nodes) if limits.nodes else 0
 
 
 def _budget(limits: Limits) -> int:

@@ -22,6 +22,7 @@ class ExpertSource(Protocol):
 
     layout: ExpertLayout
     loaders: int
+    mapped: bool  # whether the host's experts stay in files: those cannot be divided over NUMA nodes
 
     def fill(self, blob: Tensor, layer: int, expert: int) -> None:
         """Writes one packed expert into `blob`, uint8 [blob_bytes], contiguous on the CPU."""
@@ -33,6 +34,7 @@ class ExpertSource(Protocol):
 class CheckpointExperts:
     """Packs each expert as it is read."""
 
+    mapped = False
     loaders = 4  # each holds one unpacked expert: 72 MiB in BF16
 
     def __init__(self, checkpoint: Checkpoint, layout: ExpertLayout):
@@ -42,13 +44,15 @@ class CheckpointExperts:
         pack(self.layout, blob, read_expert(self.checkpoint, layer, expert), f"expert {expert} of layer {layer}")
 
     def place(self, packed: PackedExperts, layer: int, expert: int) -> None:
-        self.fill(packed.blob(expert), layer, expert)
+        with packed.filling(expert) as blob:
+            self.fill(blob, layer, expert)
 
 
 class StoredExperts:
     """Copies from a store, checksums compared."""
 
-    loaders = 8  # each holds one blob at most, on its way to the device: 72 MiB in BF16
+    mapped = False
+    loaders = 8  # each holds one blob at most, on its way to the device or to NUMA nodes: 72 MiB in BF16
 
     def __init__(self, store: ExpertStore):
         self.store, self.layout = store, store.layout
@@ -57,11 +61,14 @@ class StoredExperts:
         self.store.read(layer, expert, blob)
 
     def place(self, packed: PackedExperts, layer: int, expert: int) -> None:
-        self.fill(packed.blob(expert), layer, expert)
+        with packed.filling(expert) as blob:
+            self.fill(blob, layer, expert)
 
 
 class MappedExperts(StoredExperts):
     """Leaves the host's experts in the store's files; they are read as they are used, and unchecked."""
+
+    mapped = True
 
     def place(self, packed: PackedExperts, layer: int, expert: int) -> None:
         self.store.map(layer, expert, packed)

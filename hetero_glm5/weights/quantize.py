@@ -7,7 +7,8 @@ of a layer. `ExpertLayout.unpack` reads the same bytes by torch operations, on d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -136,33 +137,64 @@ class ExpertLayout:
 
 
 class PackedExperts:
-    """The packed experts of one layer on one tier: ids are global, 0..num_experts-1; the blobs are in host memory."""
+    """The packed experts of one layer on one tier: ids are global, 0..num_experts-1; they are in host memory."""
 
-    def __init__(self, layout: ExpertLayout, num_experts: int, resident: Sequence[int] | None = None) -> None:
-        """Memory comes zeroed from the arena. resident: ids held here, each once; None = all of them."""
+    def __init__(
+        self, layout: ExpertLayout, num_experts: int, resident: Sequence[int] | None = None, nodes: Sequence[int] = ()
+    ) -> None:
+        """Memory comes zeroed from the arena. resident: ids held here, each once; None = all of them. nodes: NUMA nodes
+        that each expert is divided over by output rows; none = undivided."""
         self.layout = layout
         self.num_experts = num_experts
         self.resident: tuple[int, ...] = tuple(range(num_experts)) if resident is None else tuple(sorted(resident))
         self._held = frozenset(self.resident)
-        self.weights = _C.ExpertWeights(layout._c, num_experts, list(self.resident))
+        self.weights = _C.ExpertWeights(layout._c, num_experts, list(self.resident), list(nodes))
 
     @property
     def bits_per_weight(self) -> float:
         return self.layout.bits_per_weight
 
+    @property
+    def divided(self) -> bool:
+        return self.weights.shards > 1
+
     def blob(self, expert: int) -> Tensor:
-        """uint8 [blob_bytes], a view that keeps the memory alive. KeyError if the expert is not resident."""
-        if expert not in self._held:
-            raise KeyError(f"expert {expert} is not resident: {len(self.resident)} of {self.num_experts} experts are")
+        """uint8 [blob_bytes], a view that keeps the memory alive. KeyError if the expert is not resident, ValueError if
+        it is divided."""
+        self._check(expert)
         return torch.from_numpy(self.weights.blob(expert))
 
+    def read(self, expert: int) -> Tensor:
+        """A copy of the blob, uint8 [blob_bytes], whether or not it is divided. KeyError if it is not resident."""
+        self._check(expert)
+        blob = torch.empty(self.layout.blob_bytes, dtype=torch.uint8)
+        self.weights.read(expert, blob.numpy())
+        return blob
+
+    @contextmanager
+    def filling(self, expert: int) -> Iterator[Tensor]:
+        """A blob to write the whole expert into: its memory or, if it is divided, a buffer that is copied there in the
+        end unless an exception is raised. KeyError if it is not resident."""
+        if not self.divided:
+            yield self.blob(expert)
+            return
+        self._check(expert)
+        blob = PackedExperts(self.layout, 1).blob(0)  # in huge pages: twice as fast as torch.empty
+        yield blob
+        self.weights.write(expert, blob.numpy())
+
     def set(self, expert: int, gate: Tensor, up: Tensor, down: Tensor, scales: Scales | None = None) -> None:
-        """Packs one expert's weights in place; see ExpertLayout.pack_into."""
-        self.layout.pack_into(self.blob(expert), gate, up, down, scales)
+        """Packs one expert's weights; see ExpertLayout.pack_into."""
+        with self.filling(expert) as blob:
+            self.layout.pack_into(blob, gate, up, down, scales)
+
+    def _check(self, expert: int) -> None:
+        if expert not in self._held:
+            raise KeyError(f"expert {expert} is not resident: {len(self.resident)} of {self.num_experts} experts are")
 
     def dequantize(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """What is stored, by the scalar truth in C++: float32 gate [I, H], up [I, H], down [H, I]."""
-        layout, blob = self.layout, self.blob(expert).numpy()
+        layout, blob = self.layout, (self.read(expert) if self.divided else self.blob(expert)).numpy()
         shapes = ((layout.intermediate, layout.hidden),) * 2 + ((layout.hidden, layout.intermediate),)
         parts = tuple(torch.empty(shape, dtype=torch.float32) for shape in shapes)
         for part, out in enumerate(parts):

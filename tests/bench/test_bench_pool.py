@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+CPUS = len(os.sched_getaffinity(0))
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "bench_pool.py"
 
 
@@ -15,5 +17,6 @@ def test_rows():
     fork_joins = {(r["threads"], r["body_us"], r["gap_us"]) for r in rows if r["name"] == "fork_join"}
     assert fork_joins == {(n, body, gap) for n in (1, 3) for body in (0, 20) for gap in (0, 20, 200, 2000)}
     assert sum(row["name"] == "job_queue" for row in rows) == 4
-    assert all(row["median_us"] <= row["p99_us"] and row["calls"] == 20 for row in rows)
-    assert all(row["median_us"] > 0 for row in rows if row["body_us"] == 0)
+    assert [row["threads"] / CPUS for row in rows if row["name"] == "crowded"] == [1, 2, 4, 8]
+    assert all(row["over_us"] <= row["p99_us"] and row["calls"] == 20 for row in rows)
+    assert all(row["over_us"] > 0 if row["body_us"] == 0 else row["slower"] > 0.99 for row in rows)

@@ -1,9 +1,12 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hetero_glm5 import _C
+
+NODE = _C.topology()[0]["id"]
 
 
 @pytest.mark.parametrize("size", [1, 4096, 5 << 20])
@@ -14,6 +17,21 @@ def test_zeroed_aligned_writable(size, nodes):
     assert memory.ctypes.data % (2 << 20) == 0
     memory[:] = 7
     assert np.all(memory == 7)
+
+
+def policy(array: np.ndarray) -> str:
+    """The kernel's memory policy where an array lies: default, bind:0, interleave:0-1 ..."""
+    starts = [line.split()[:2] for line in Path("/proc/self/numa_maps").read_text().splitlines()]
+    return [word for start, word in starts if int(start, 16) <= array.ctypes.data][-1]
+
+
+@pytest.mark.skipif(not _C.binds_memory(NODE), reason="the kernel refuses to bind memory here")
+@pytest.mark.skipif(not Path("/proc/self/numa_maps").exists(), reason="the kernel does not tell memory policies")
+def test_memory_is_bound_to_its_node():
+    layout = _C.ExpertLayout("BF16", 48, 32)
+    assert policy(_C.testing.arena(5 << 20, [NODE])) == policy(_C.ExpertWeights(layout, 5, [1, 3], [NODE]).blob(3))
+    assert policy(_C.testing.arena(4096, [NODE])) == f"bind:{NODE}"
+    assert policy(_C.testing.arena(4096, [])) == "default"
 
 
 def packed_file(path, layout, blobs) -> np.ndarray:

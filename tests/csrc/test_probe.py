@@ -40,7 +40,7 @@ def test_wrong_calls_are_refused():
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_fork_join_takes_at_least_its_longest_task(threads):
-    seconds = probe.fork_join(threads, body=1e-5, gap=1e-5, calls=20)
+    seconds = probe.fork_join(threads, threads, body=1e-5, gap=1e-5, calls=20)
     assert len(seconds) == 20 and min(seconds) >= 1e-5
 
 

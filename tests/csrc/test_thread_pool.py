@@ -12,6 +12,7 @@ import pytest
 from hetero_glm5 import _C
 
 ThreadPool = _C.testing.ThreadPool
+NODE = _C.topology()[0]["id"]
 CROWD = 4 * len(os.sched_getaffinity(0)) + 1  # more threads than CPUs
 
 
@@ -44,6 +45,52 @@ def test_an_exception_reaches_the_caller_and_the_pool_goes_on(threads):
         assert pool.sum_tasks(10, 5) == 5 * 45
 
 
+@pytest.mark.parametrize("nodes", [[], [NODE, NODE]])
+@pytest.mark.parametrize("failing", range(4))
+def test_an_exception_travels_from_every_worker(nodes, failing):
+    pool, everyone_is_here = ThreadPool(4, nodes), threading.Barrier(4)
+
+    def fail(worker, task):
+        everyone_is_here.wait(20)
+        if worker == failing:
+            raise KeyError(f"worker {worker}")
+
+    for _ in range(2):
+        with pytest.raises(KeyError, match=f"worker {failing}"):
+            pool.for_each(4, fail)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("tasks", [1, 2, 3, 7, 64])
+def test_every_task_runs_once_in_groups(groups, tasks):
+    pool, seen = ThreadPool(5, [NODE] * groups), []
+    pool.for_each(tasks, lambda worker, task: seen.append(task))
+    assert sorted(seen) == list(range(tasks))
+    assert pool.sum_tasks(tasks, 500) == 500 * tasks * (tasks - 1) // 2
+
+
+@pytest.mark.parametrize(
+    ("free", "order"),
+    [(0, [0, 1, 3, 5, 7]), (1, [2, 3, 1, 7, 5]), (2, [4, 5, 7, 1, 3]), (3, [6, 7, 5, 3, 1])],
+)
+def test_own_tasks_first_then_the_groups_then_the_others(free, order):
+    """Two groups of two workers, two tasks each; all workers but one are held in their first task."""
+    everyone_is_here, done, mine = threading.Barrier(4), threading.Event(), []
+
+    def body(worker, task):
+        if worker == free:
+            mine.append(task)
+        if task % 2 == 0:  # the first task of a share
+            everyone_is_here.wait(20)
+        if worker != free:
+            assert done.wait(20)
+        elif len(mine) == 5:
+            done.set()
+
+    ThreadPool(4, [NODE, NODE]).for_each(8, body)
+    assert mine == order
+
+
 def test_a_free_worker_takes_the_tasks_of_a_busy_one():
     released, done = threading.Event(), []
 
@@ -73,6 +120,83 @@ def test_workers_sleep_and_wake():
     assert "S" in states() and "R" not in states()
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two threads do not spin on one CPU")
+def test_the_spin_is_a_parameter():
+    ThreadPool(2, spin_us=0).sum_tasks(8, 100)
+    patient = ThreadPool(2, spin_us=60_000_000)
+    assert patient.sum_tasks(8, 100) == 2800
+    time.sleep(0.02)
+    assert states().count("R") == 1
+    del patient  # does not wait for the spin to end
+    assert "R" not in states()
+
+
+@pytest.mark.parametrize("threads", [4, 8, 16])
+def test_more_threads_than_cpus_do_all_the_work(threads):
+    """On two CPUs, from several callers, with tasks of every number: who sleeps or lost its CPU holds nobody up."""
+    pool, sums = ThreadPool(threads, [NODE, NODE]), {}
+    callers = [threading.Thread(target=lambda n=n: sums.update({n: pool.sum_tasks(n, 300)})) for n in (1, 3, 40, 200)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert sums == {n: 300 * n * (n - 1) // 2 for n in (1, 3, 40, 200)}
+
+
+COUNTER = """
+#include <stddef.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <unistd.h>
+extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
+extern void *__libc_memalign(size_t, size_t);
+static long calls;
+long allocations(void) { return __atomic_load_n(&calls, __ATOMIC_SEQ_CST); }
+static void count(void) { __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST); }
+void *malloc(size_t n) { return count(), __libc_malloc(n); }
+void *calloc(size_t n, size_t size) { return count(), __libc_calloc(n, size); }
+void *realloc(void *p, size_t n) { return count(), __libc_realloc(p, n); }
+void *aligned_alloc(size_t align, size_t n) { return count(), __libc_memalign(align, n); }
+void *mmap(void *p, size_t n, int prot, int flags, int file, off_t offset) {
+  return count(), (void *)syscall(SYS_mmap, p, n, prot, flags, file, offset);
+}
+"""
+
+
+COUNTED = """
+import ctypes
+import numpy as np
+from hetero_glm5 import _C
+
+allocations, node = ctypes.CDLL(None).allocations, _C.topology()[0]["id"]
+pool = _C.testing.ThreadPool(4, [node] * 2)
+weights = _C.ExpertWeights(_C.ExpertLayout("BF16", 200, 136), 6, list(range(6)), [node] * 2)
+layer = _C.MoeLayer(_C.HostPool(4, None, [node] * 2), weights)
+call = [np.zeros((8, n), t) for n, t in ((200, np.float32), (4, np.int32), (4, np.float32), (200, np.float32))]
+
+def used(run):  # by Python too, in some calls
+    before = allocations()
+    run()
+    return allocations() - before
+
+print(used(lambda: layer.forward(*call)))  # makes room
+print(min(used(lambda: layer.forward(*call)) for _ in range(20)))
+print(min(used(lambda: pool.sum_tasks(16, 10000)) for _ in range(5)))
+"""
+
+
+def test_calls_do_not_allocate(tmp_path):
+    """Neither of the pool nor of a layer, counted by functions that stand in for the C library's."""
+    source, library = tmp_path / "count.c", tmp_path / "count.so"
+    source.write_text(COUNTER)
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    command = [sys.executable, "-c", COUNTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
+    first, *later = map(int, done.stdout.split())
+    assert first > 0 and later == [0, 0]
+
+
 def test_callers_take_turns():
     pool, sums = ThreadPool(2), []
     callers = [threading.Thread(target=lambda: sums.append(pool.sum_tasks(16, 500))) for _ in range(4)]
@@ -85,12 +209,12 @@ def test_callers_take_turns():
 
 def test_pinning_leaves_the_caller_alone():
     before = os.sched_getaffinity(0)
-    cores = _C.physical_cores()
-    assert ThreadPool(len(cores), cores).sum_tasks(4, 10) == 60
+    assert ThreadPool(0).threads == len(_C.physical_cores())  # as many as cores: pinned
+    assert ThreadPool(0).sum_tasks(4, 10) == 60
     assert os.sched_getaffinity(0) == before
 
 
-@pytest.mark.parametrize("threads", [0, -1, 5000])
+@pytest.mark.parametrize("threads", [-1, 5000])
 def test_absurd_thread_counts_are_refused(threads):
     with pytest.raises(ValueError, match=f"not {threads}"):
         ThreadPool(threads)

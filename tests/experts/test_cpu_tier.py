@@ -10,6 +10,7 @@ from hetero_glm5.experts.cpu_tier import CpuExperts, HostPool
 from hetero_glm5.weights.quantize import METHODS, ExpertLayout, PackedExperts, host_array, pack_experts
 
 ISAS = _C.isas()
+NODE = _C.topology()[0]["id"]
 EXPERTS, SLOTS = 6, 4
 SHAPES = [(1, 1), (130, 17), (200, 136), (1100, 24), (24, 1100)]  # hidden, intermediate; K crosses pieces of 1024
 
@@ -145,6 +146,56 @@ def test_a_row_depends_on_nothing_but_itself(method, isa):
         assert torch.equal(experts(x[:rows], ids[:rows], mix[:rows]), whole[0][:rows]), f"{rows} rows"
     back = torch.arange(299, 199, -1)
     assert torch.equal(experts(x[back], ids[back], mix[back]), whole[0][back])
+
+
+def divided(packed: PackedExperts, shards: int) -> PackedExperts:
+    """A copy whose experts lie in that many shards, in memory that was full of NaN."""
+    copy = PackedExperts(packed.layout, packed.num_experts, nodes=[NODE] * shards)
+    for expert in range(packed.num_experts):
+        with copy.filling(expert) as blob:
+            blob.fill_(255)
+        with copy.filling(expert) as blob:
+            blob.copy_(packed.blob(expert))
+        assert torch.equal(copy.read(expert), packed.blob(expert))
+    return copy
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("method", METHODS)
+def test_shards_threads_and_their_groups_change_nothing(method, isa):
+    """Bit for bit: ragged shards, empty ones, more groups than shards and fewer, more threads than tasks."""
+    pools = [HostPool(n, isa, [NODE] * groups) for n in range(1, 5) for groups in range(min(n, 3) + 1)]
+    for hidden, intermediate in ((1, 1), (130, 17), (200, 300), (1100, 40)):
+        packed = weights(method, hidden, intermediate)
+        calls = [call(tokens, hidden) for tokens in (1, 9)]
+        expected = [forward(CpuExperts(packed, pool=pools[0]), *c) for c in calls]
+        assert all(y.isfinite().all() and y.any() for y in expected)
+        for shards in (1, 2, 3):
+            copy = divided(packed, shards)
+            for pool in pools:
+                got = [forward(CpuExperts(copy, pool=pool), *c) for c in calls]
+                assert all(map(torch.equal, got, expected)), f"{shards} shards, {pool.node_threads} threads"
+    assert [pool.node_threads for pool in pools[-4:]] == [(4,), (4,), (2, 2), (2, 1, 1)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_many_rows_in_shards(method):
+    """Down tasks of many tiles, several panels."""
+    packed = weights(method, 1100, 40)
+    x, ids, mix = call(300, 1100)
+    expected = CpuExperts(packed, 2)(x, ids, mix.nan_to_num(0.5))
+    for shards in (2, 3):
+        copy = divided(packed, shards)
+        for threads in (2, 3):
+            pool = HostPool(threads, nodes=[NODE] * 2)
+            assert torch.equal(CpuExperts(copy, pool=pool)(x, ids, mix.nan_to_num(0.5)), expected)
+
+
+def test_a_pool_on_unknown_nodes_is_refused():
+    with pytest.raises(ValueError, match="no CPU of NUMA node 1000"):
+        HostPool(2, nodes=[NODE, 1000])
+    with pytest.raises(ValueError, match="at least 2 threads, one for each NUMA node, not 1"):
+        HostPool(1, nodes=[NODE, NODE])
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(130, 17), (1100, 40)])

@@ -16,8 +16,9 @@ NEEDS = Needs(
 )
 
 
-def plan(device, host, needs=NEEDS, wanted=None, shared=False):
-    limits = Limits(device=device * GIB, host=host * GIB, shared=shared, fraction=0.9)
+def plan(device, host, needs=NEEDS, wanted=None, shared=False, nodes=()):
+    nodes = tuple(node * GIB for node in nodes)
+    limits = Limits(device=device * GIB, host=host * GIB, shared=shared, fraction=0.9, nodes=nodes)
     return plan_memory(needs, limits, wanted_tokens=wanted, most_tokens=202_752, page=64)
 
 
@@ -37,6 +38,7 @@ def test_the_pool_takes_what_is_left_in_whole_pages():
         ({"device": 80, "host": 768}, ["dense weights 35.64 GiB", "2250 device experts", "72.00 GiB"]),
         ({"device": 140, "host": 768, "wanted": 400_000}, ["400000 tokens", "--max-total-tokens"]),
         ({"device": 64, "host": 64, "shared": True}, ["16950 host experts", "57.60 GiB"]),
+        ({"device": 140, "host": 768, "nodes": (400, 310)}, ["over 2 NUMA node(s), put 298.08", "0.95 of 310.00 GiB"]),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_arithmetic(arguments, words):
@@ -62,14 +64,17 @@ def test_host_experts_in_files_take_no_memory():
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("wanted", [None, 1, 100_000])
-def test_host_experts_fit_exactly_if_a_plan_can_be_made_with_them(shared, wanted):
+@pytest.mark.parametrize("share", [None, 0.5, 0.45])  # of the host's memory on each of two nodes
+def test_host_experts_fit_exactly_if_a_plan_can_be_made_with_them(shared, wanted, share):
     verdicts = set()
     for size in range(500, 900, 10):
         host = 768 if shared else size
-        limits = Limits(device=size * GIB, host=host * GIB, shared=shared, fraction=0.9)
+        nodes = (size // 2, int(size * share)) if share else ()
+        bytes_of_nodes = tuple(node * GIB for node in nodes)
+        limits = Limits(device=size * GIB, host=host * GIB, shared=shared, fraction=0.9, nodes=bytes_of_nodes)
         fit = host_experts_fit(NEEDS, limits, tokens=wanted or 1, page=64)
         try:
-            plan(size, host, wanted=wanted, shared=shared)
+            plan(size, host, wanted=wanted, shared=shared, nodes=nodes)
         except UserError:
             assert not fit
         else:

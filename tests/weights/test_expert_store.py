@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint
 
-from hetero_glm5 import hardware
+from hetero_glm5 import _C, hardware
 from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import SamplingParams, UserError
 from hetero_glm5.engine.engine import Engine
@@ -24,6 +24,7 @@ from hetero_glm5.weights.expert_source import CheckpointExperts
 from hetero_glm5.weights.expert_store import ExpertStore, StoreError, is_store, layer_paths
 from hetero_glm5.weights.quantize import METHODS, ExpertLayout, PackedExperts
 
+NODE = _C.topology()[0]["id"]
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
@@ -90,6 +91,24 @@ def test_the_tokens_do_not_depend_on_where_experts_come_from(checkpoints, mode, 
     assert generate(folder, dtype="float32", kt_gpu_experts_ratio=ratio, **flags) == plain
 
 
+@pytest.mark.parametrize("mode", [None, "ram", "mmap"])
+@pytest.mark.parametrize("nodes", [[NODE], [NODE, NODE], [NODE] * 3])
+def test_nor_on_whether_experts_are_divided(checkpoints, mode, nodes, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    folder = tiny_checkpoint(checkpoints)
+    plain = generate(folder, dtype="float32")
+    assert "NUMA" not in caplog.text or len(_C.topology()) > 1
+    flags = {"kt_weight_path": str(packed_store(folder, "FP32")), "kt_weight_mode": mode} if mode else {}
+    monkeypatch.setattr(EngineConfig, "_settle_nodes", lambda *_: tuple(nodes))
+    monkeypatch.setattr(_C, "binds_memory", lambda node: True)
+    assert generate(folder, dtype="float32", kt_gpu_experts_ratio=0.3, **flags) == plain
+    told = "stay in files" if mode == "mmap" else "divided over them" if len(nodes) > 1 else "all host experts"
+    assert f"NUMA nodes {NODE} (" in caplog.text and told in caplog.text
+    monkeypatch.setattr(_C, "binds_memory", lambda node: False)
+    generate(folder, dtype="float32", **flags)
+    assert ("refuses to bind memory" in caplog.text) == (mode != "mmap")
+
+
 @pytest.mark.parametrize("method", ["BF16", "FP8"])
 @pytest.mark.parametrize("mode", ["ram", "mmap"])
 def test_nor_in_the_formats_that_are_served(checkpoints, method, mode):
@@ -135,6 +154,13 @@ def test_experts_that_do_not_fit_in_memory_stay_in_files(checkpoint, caplog, mon
             generate(checkpoint, **flags)
     monkeypatch.undo()
     assert tokens == generate(checkpoint)
+
+
+def test_a_divided_expert_cannot_be_mapped(checkpoint):
+    store = ExpertStore(packed_store(checkpoint))
+    with pytest.raises(ValueError, match="divided over 2 NUMA nodes is no single piece"):
+        store.map(3, 0, PackedExperts(store.layout, store.experts, nodes=[NODE] * 2))
+    store.close()
 
 
 def rewrite(path, old, new):

@@ -10,6 +10,7 @@ from hetero_glm5.weights.quantize import METHODS, ExpertLayout, PackedExperts, p
 
 SHAPES = [(1, 1), (16, 16), (130, 17), (200, 136), (256, 128), (384, 300)]  # hidden, intermediate
 DTYPES = {"FP32": torch.float32, "BF16": torch.bfloat16}
+NODE = _C.topology()[0]["id"]
 SOURCES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -159,6 +160,46 @@ def test_residency():
     for resident, sentence in (([8], "expert 8 is outside 0..7"), ([1, 1], "expert 1 is listed as resident twice")):
         with pytest.raises(ValueError, match=sentence):
             PackedExperts(packed.layout, 8, resident)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(1, 1), (130, 17), (200, 300)])
+def test_divided_experts_hold_the_same(method, hidden, intermediate):
+    layout = ExpertLayout(method, hidden, intermediate)
+    whole = PackedExperts(layout, 4, resident=[3, 1])
+    rng = torch.Generator().manual_seed(5)
+    for shards in (1, 2, 3, 50):
+        packed = PackedExperts(layout, 4, resident=[3, 1], nodes=[NODE] * shards)
+        assert packed.divided == (shards > 1) and packed.weights.shards == shards
+        for e in (1, 3):
+            blob = torch.randint(0, 256, (layout.blob_bytes,), generator=rng, dtype=torch.uint8)
+            blob[layout._end :] = 0
+            for experts in (whole, packed):
+                with experts.filling(e) as target:
+                    target.copy_(blob)
+            assert torch.equal(packed.read(e), blob) and torch.equal(whole.read(e), blob)
+        for e in (1, 3):  # neither expert has touched the other
+            for got, want in zip(packed.dequantize(e), whole.dequantize(e), strict=True):
+                assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
+
+
+def test_a_divided_expert_is_filled_whole_or_not_at_all():
+    packed = PackedExperts(ExpertLayout("BF16", 40, 40), 4, [0, 1], nodes=[NODE] * 2)
+    packed.set(0, *expert(40, 40))
+    before = packed.read(0)
+    with pytest.raises(RuntimeError), packed.filling(0) as blob:
+        blob.fill_(1)
+        raise RuntimeError
+    assert before.any() and torch.equal(packed.read(0), before)
+    with pytest.raises(ValueError, match="divided over 2 NUMA nodes is no single piece"):
+        packed.blob(0)
+    for use in (packed.read, packed.blob, lambda e: packed.set(e, *expert(40, 40))):
+        with pytest.raises(KeyError, match="expert 2 is not resident: 2 of 4"):
+            use(2)
+    with pytest.raises(ValueError, match="not resident here"):
+        packed.weights.read(2, before.numpy())
+    with pytest.raises(ValueError, match="blob has shape"):
+        packed.weights.write(0, before[1:].numpy())
 
 
 def test_a_blob_outlives_its_owner():
