@@ -114,7 +114,10 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  void set(int tile, int count, int bytes) { rows[tile] = static_cast<uint8_t>(count), row_bytes[tile] = static_cast<uint16_t>(bytes); }
+  void set(int tile, int count, int bytes) {
+    rows[tile] = static_cast<uint8_t>(count);
+    row_bytes[tile] = static_cast<uint16_t>(bytes);
+  }
 };
 
 // Up to 32 tokens that pass over the weights together.
@@ -170,9 +173,10 @@ template <> struct Widen<Int4> {
   explicit Widen(const GemmArgs& g)
       : quantization(g.layout->quantization), scales(reinterpret_cast<const uint16_t*>(g.tile + g.layout->scale_offset)) {}
   void operator()(const uint8_t* line, int64_t n, uint8_t* out) {
-    const int group_lines = quantization.group / Int4::line_k;
+    const int column = static_cast<int>(n * Int4::line_k), group = column / quantization.group;
+    const bool begins = column == group * quantization.group;
     for (int v = 0; v < kTileRows / kLanes; v++) {
-      if (n % group_lines == 0) choice[v] = choose_books(quantization.books, scales + n / group_lines * kTileRows + v * kLanes);
+      if (begins) choice[v] = choose_books(quantization.books, scales + group * kTileRows + v * kLanes);
       DotLine<Int4> bytes;
       bytes.read(line + v * kVectorBytes, choice[v]);
       for (int i = 0; i < 2; i++) _mm512_store_si512(out + i * kLineBytes + v * kVectorBytes, bytes.w[i].v);
@@ -180,10 +184,12 @@ template <> struct Widen<Int4> {
   }
 };
 
+inline const uint8_t* next_tile(const GemmArgs& g) { return g.next != nullptr ? g.next : g.tile + g.layout->tile_bytes; }
+
 // Fetches what will be read a page after these lines of the tile.
 inline void prefetch_after(const GemmArgs& g, int64_t line, int64_t count) {
   const MatrixLayout& m = *g.layout;
-  const uint8_t* next = g.next != nullptr ? g.next : g.tile + m.tile_bytes;
+  const uint8_t* next = next_tile(g);
   for (int64_t n = line + kAheadLines; n < line + kAheadLines + count; n++) {
     const uint8_t* ahead = n < m.lines ? g.tile + n * kLineBytes : next + (n - m.lines) * kLineBytes;
     prefetch(ahead), prefetch(ahead + kVectorBytes);
@@ -223,6 +229,11 @@ template <class F> struct Pass {
   void prefetch_lines(int64_t line, int64_t count) const {  // widening has fetched them already
     if (kWidened<F> == 1 && tokens.first == 0) prefetch_after(g, line, count);
   }
+  void prefetch_scales(const void* scales, int64_t groups) const {  // those of the next tile; a group's are 64 bytes at most
+    if (tokens.first > 0) return;
+    const uint8_t* ahead = static_cast<const uint8_t*>(scales) + (next_tile(g) - g.tile);
+    for (int64_t i = 0; i < groups; i++) prefetch(ahead + i * kTileRows * sizeof(uint16_t));
+  }
 };
 
 // C += x B over some B lines of a floating-point format.
@@ -257,6 +268,7 @@ template <class F, int NA> void run(const Pass<F>& p) {
       zero_sums<NA>();
       multiply_lines<F, NA>(p, n, n + block < p.end ? n + block : p.end);
       store_sums<NA>(block_sums);
+      p.prefetch_scales(scales + n / block, 1);
       const F32 scale = set1(scales[n / block]);
       for (int i = 0; i < p.tokens.count * kTileRows; i += kLanes)
         store(p.sums() + i, fma(load(block_sums + i), scale, load(p.sums() + i)));
@@ -264,28 +276,35 @@ template <class F, int NA> void run(const Pass<F>& p) {
   }
 }
 
+constexpr int kMostDots = 2 * kInputBlock / 32;
 struct BlockDots {  // of a block of 128 inputs: [group][part], each like `sums`
-  alignas(64) int32_t of[2 * kInputBlock / 32][2 * kTileTokens * kTileRows];
+  alignas(64) int32_t of[kMostDots][2 * kTileTokens * kTileRows];
 };
 
 // The chain of gemm_int.h over the groups of a block.
 template <IntegerFormat F> void fold(const Pass<F>& p, int64_t group, int64_t groups, const BlockDots& dots) {
   const MatrixLayout& m = *p.g.layout;
   const auto* scales = reinterpret_cast<const uint16_t*>(p.g.tile + m.scale_offset) + group * kTileRows;
-  for (int j = 0; j < p.tokens.count; j++) {
-    const int a = j / kTileTokens, lane = j % kTileTokens, width = p.tokens.width[a];
+  p.prefetch_scales(scales, groups);
+  for (int a = 0; a < 2 && p.tokens.width[a] > 0; a++) {
+    const int width = p.tokens.width[a];
     const InputPlace x = input_place<F>(const_cast<uint32_t*>(p.packed(a)), m, width).at(m, group, width);
-    const float *block = x.scales + lane, *before = group == 0 ? block : block - 2 * width;
+    const float* before = group == 0 ? x.scales : x.scales - 2 * width;
     for (int i = 0; i < kTileRows; i += kLanes) {
-      F32 sum = load(p.sums() + j * kTileRows + i);
-      sum = mul(sum, mul(set1(before[0]), set1(block[width])));
-      for (int64_t n = 0; n < groups * m.parts; n++) {
-        const I32 dot = add({_mm512_load_si512(dots.of[n] + j * kTileRows + i)}, set1_int(x.corrections[n * width + lane]));
-        const float unit = (n + 1) % m.parts == 0 ? 1 : 256;  // the last part is the low one
-        sum = fma(to_float(dot), mul(load_fp16(scales + n / m.parts * kTileRows + i), set1(unit)), sum);
+      F32 scale[kMostDots];
+      for (int64_t g = 0; g < groups; g++)
+        for (int part = 0; part < m.parts; part++)  // the last one is the low one
+          scale[g * m.parts + part] = mul(load_fp16(scales + g * kTileRows + i), set1(part + 1 == m.parts ? 1 : 256));
+      for (int j = 0; j < width; j++) {
+        const int64_t at = (a * kTileTokens + j) * kTileRows + i;
+        F32 sum = mul(load(p.sums() + at), mul(set1(before[j]), set1(x.scales[width + j])));
+        for (int64_t n = 0; n < groups * m.parts; n++) {
+          const I32 dot = add({_mm512_load_si512(dots.of[n] + at)}, set1_int(x.corrections[n * width + j]));
+          sum = fma(to_float(dot), scale[n], sum);
+        }
+        if (group + groups == m.scale_cols) sum = mul(sum, set1(x.scales[j]));
+        store(p.sums() + at, sum);
       }
-      if (group + groups == m.scale_cols) sum = mul(sum, set1(block[0]));
-      store(p.sums() + j * kTileRows + i, sum);
     }
   }
 }
