@@ -18,10 +18,9 @@
 namespace hetero {
 namespace {
 
-// The rows of an expert from which tiles are used. Of the integer formats' this is a guess: it has not been measured, since no
-// machine with AMX was at hand. Below it reading weights dominates, and the walk reads them well.
-template <class F> constexpr int kTilesFrom = 1;
-template <IntegerFormat F> constexpr int kTilesFrom<F> = 5;
+// The rows of an expert from which integer formats use tiles. A guess, never measured: no machine with AMX was at hand. Below
+// it reading weights dominates, and the walk reads them well.
+constexpr int kTilesFrom = 5;
 
 constexpr int kTileTokens = 16, kChunkWords = 16;
 constexpr int64_t kPanelLines = 256;  // of four bytes of K; 32 KiB
@@ -55,7 +54,7 @@ template <class F> void pack_chunks(const PackArgs& args) {
 
 // Each 128 columns of a row are quantised by pack_int8 as if they were all, then moved to where tiles want them.
 template <IntegerFormat F> void pack_int8_chunks(const PackArgs& args) {
-  if (args.rows < kTilesFrom<F>) return pack_int8<F>(args);
+  if (args.rows < kTilesFrom) return pack_int8<F>(args);
   const PackArgs a = args;
   const MatrixLayout& m = *a.layout;
   const int group = m.quantization.group, words = group / 4, chunk = words < kChunkWords ? words : kChunkWords;
@@ -331,7 +330,7 @@ template <IntegerFormat F, int NA> void run(const Pass<F>& p) {
 }
 
 template <class F> void gemm_tiles(const GemmArgs& args) {
-  if constexpr (IntegerFormat<F>) if (args.rows < kTilesFrom<F>) return gemm_int<F>(args);
+  if constexpr (IntegerFormat<F>) if (args.rows < kTilesFrom) return gemm_int<F>(args);
   const GemmArgs g = args;
   const int64_t lines = g.layout->lines * kWidened<F>;
   const int chunk = IntegerFormat<F> && g.layout->quantization.group == 32 ? kChunkWords / 2 : kChunkWords;
