@@ -4,7 +4,8 @@
 
 A call gives each thread one task. Empty tasks show what the caller pays; tasks that are busy for 20 us show whether the
 others come in time: over = time less one task's, or less their number per CPU where there are more threads than CPUs.
-The gap is how long the caller was busy elsewhere since the call before; workers sleep after about 100 us.
+A hand-over to the queue thread is the time from submit to the job's first instruction; there_and_back also waits for it.
+The gap is how long the caller was busy elsewhere since the call before; threads sleep after about 100 us.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def rows(threads: list[int], calls: int) -> Iterator[dict[str, object]]:
                 ideal = body * math.ceil(n / cpus)
                 timing = Timing(tuple(_C.probe.fork_join(n, body, gap, fitting)))
                 yield row("fork_join", n, body, gap, Timing(tuple(s - ideal for s in timing.seconds)))
-        yield row("job_queue", 1, 0.0, gap, Timing(tuple(_C.probe.job_queue(gap, fitting))))
+        for name, seconds in zip(("hand_over", "there_and_back"), _C.probe.hand_over(gap, fitting), strict=True):
+            yield row(name, 1, 0.0, gap, Timing(tuple(seconds)))
 
 
 def row(name: str, threads: int, body: float, gap: float, over: Timing) -> dict[str, object]:
@@ -51,12 +53,12 @@ def main() -> None:
     powers = {min(2**i, cores) for i in range(cores.bit_length() + 1)}
     threads = [int(n) for n in args.threads.split(",")] if args.threads else [*sorted(powers), 2 * cores]
     if not args.json:
-        print(f"{'':<12}{'threads':>8}{'task us':>9}{'gap us':>8}{'calls':>7}{'over us':>10}{'p99 us':>10}")
+        print(f"{'':<15}{'threads':>8}{'task us':>9}{'gap us':>8}{'calls':>7}{'over us':>10}{'p99 us':>10}")
     for r in rows(threads, args.calls):
         if args.json:
             print(json.dumps(r), flush=True)
             continue
-        line = f"{r['name']:<12}{r['threads']:>8}{r['body_us']:>9.0f}{r['gap_us']:>8.0f}{r['calls']:>7}"
+        line = f"{r['name']:<15}{r['threads']:>8}{r['body_us']:>9.0f}{r['gap_us']:>8.0f}{r['calls']:>7}"
         print(line + f"{r['median_us']:>10.2f}{r['p99_us']:>10.2f}", flush=True)
 
 

@@ -19,22 +19,30 @@ class PyJobQueue {
     py::gil_scoped_release release;
     queue_.reset();
   }
-  int64_t submit(py::function job) {
-    jobs_.push_back(std::make_unique<py::function>(std::move(job)));
-    return queue_->submit(
-        [](void* arg) {
-          py::gil_scoped_acquire gil;
-          (*static_cast<py::function*>(arg))();
-        },
-        jobs_.back().get());
+  int64_t submit(py::function function) {
+    jobs_.push_back(std::make_unique<PyJob>(std::move(function)));
+    queue_->submit(*jobs_.back());
+    return static_cast<int64_t>(jobs_.size()) - 1;
   }
-  void wait(int64_t ticket) {
-    py::gil_scoped_release release;
-    queue_->wait(ticket);
+  void again(int64_t job) { queue_->submit(*jobs_.at(job)); }
+  void wait(int64_t job) {
+    {
+      py::gil_scoped_release release;
+      jobs_.at(job)->wait();
+    }
+    if (auto error = std::exchange(jobs_.at(job)->error, nullptr)) std::rethrow_exception(error);
   }
 
  private:
-  std::vector<std::unique_ptr<py::function>> jobs_;
+  struct PyJob : Job {
+    explicit PyJob(py::function f) : Job(&run), function(std::move(f)) {}
+    static void run(Job& job) {
+      py::gil_scoped_acquire gil;
+      static_cast<PyJob&>(job).function();
+    }
+    py::function function;
+  };
+  std::vector<std::unique_ptr<PyJob>> jobs_;
   std::unique_ptr<JobQueue> queue_ = std::make_unique<JobQueue>();
 };
 
@@ -73,8 +81,11 @@ void bind_testing(py::module_& m) {
       .def_property_readonly("threads", &ThreadPool::threads)
       .def("for_each", &for_each)
       .def("sum_tasks", &sum_tasks);
-  py::class_<PyJobQueue>(t, "JobQueue").def(py::init<>()).def("submit", &PyJobQueue::submit).def("wait", &PyJobQueue::wait);
-  t.attr("JOB_SLOTS") = JobQueue::kSlots;
+  py::class_<PyJobQueue>(t, "JobQueue")
+      .def(py::init<>())
+      .def("submit", &PyJobQueue::submit)
+      .def("again", &PyJobQueue::again)
+      .def("wait", &PyJobQueue::wait);
 }
 
 }  // namespace hetero

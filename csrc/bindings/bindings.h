@@ -19,6 +19,7 @@ void bind_weights(py::module_& m);
 void bind_moe(py::module_& m);
 void bind_probe(py::module_& m);
 void bind_testing(py::module_& m);
+void bind_planted(py::module_& m);  // in builds with a sanitizer
 
 inline std::string shape_text(const py::array& a) {
   std::string text = "[";

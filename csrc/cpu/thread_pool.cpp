@@ -1,22 +1,18 @@
 #include "cpu/thread_pool.h"
 
-#include <immintrin.h>
 #include <pthread.h>
 #include <sched.h>
 
-#include <chrono>
 #include <system_error>
 #include <utility>
 
 #include "base/check.h"
-#include "cpu/futex.h"
+#include "cpu/spin.h"
 #include "cpu/topology.h"
 
 namespace hetero {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(100);  // several fork-joins' gap, far below a scheduler tick
-constexpr int kPausesPerLook = 64;
 constexpr int kMostThreads = 4096;
 
 void pin_to(int cpu) {  // best effort: a CPU that has left the cpuset leaves the worker unpinned
@@ -62,17 +58,7 @@ void ThreadPool::end_workers() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-template <class Done> bool ThreadPool::spin_until(Done done) const {
-  if (!may_spin_) return done();
-  const auto end = std::chrono::steady_clock::now() + kSpin;
-  do {
-    for (int i = 0; i < kPausesPerLook; i++) {
-      if (done()) return true;
-      _mm_pause();
-    }
-  } while (std::chrono::steady_clock::now() < end);
-  return false;
-}
+template <class Done> bool ThreadPool::spin_until(Done done) const { return may_spin_ ? hetero::spin_until(done) : done(); }
 
 void ThreadPool::worker_loop(int worker) {
   for (int seen = 0;;) {
