@@ -4,7 +4,7 @@
 
 A call gives each thread one task. Empty tasks show what the caller pays; tasks that are busy for 20 us show whether the
 others come in time: over = time less one task's, or less their number per CPU where there are more threads than CPUs.
-A hand-over to the queue thread is the time from submit to the job's first instruction; there_and_back also waits for it.
+hand_over is the time from submit to the first instruction of a job of the queue thread, there_and_back until its end.
 The gap is how long the caller was busy elsewhere since the call before; threads sleep after about 100 us.
 """
 

@@ -25,12 +25,13 @@ class PyJobQueue {
     return static_cast<int64_t>(jobs_.size()) - 1;
   }
   void again(int64_t job) { queue_->submit(*jobs_.at(job)); }
-  void wait(int64_t job) {
+  void wait(int64_t number) {
+    Job& job = *jobs_.at(number);  // with the GIL, which guards jobs_
     {
       py::gil_scoped_release release;
-      jobs_.at(job)->wait();
+      job.wait();
     }
-    if (auto error = std::exchange(jobs_.at(job)->error, nullptr)) std::rethrow_exception(error);
+    if (auto error = std::exchange(job.error, nullptr)) std::rethrow_exception(error);
   }
 
  private:

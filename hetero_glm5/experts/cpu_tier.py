@@ -32,7 +32,7 @@ class HostPool:
         return self._streams[stream.handle]
 
     def check(self) -> None:
-        """Raises what a call in a stream raised, if the stream is past it; so after a synchronisation nothing is missed."""
+        """Raises what a call in a stream raised, if the stream is past it, as it is after a synchronisation."""
         for stream in self._streams.values():
             stream.check()
 
@@ -76,8 +76,8 @@ class CpuExperts:
         return y
 
     def start(self, stream: DeviceStream, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Callable[[], Tensor]:
-        """The same with tensors on the stream's device, enqueued: returns join() -> y [T, H] float32 there, to be called
-        once, which holds the stream, not the caller. The caller can be HostStream.SLOTS calls ahead of the stream.
+        """The same with tensors on the stream's device, enqueued: returns join() -> y [T, H] float32. join() holds
+        the stream, not the caller; it is called once. The caller can be HostStream.SLOTS calls ahead of the stream.
 
         ValueError on a wrong shape or dtype. What the call raises later (a bad id) comes out of the next start() or
         pool.check() after it; its y is NaN. RuntimeError if CUDA refuses or the device has failed.

@@ -1,9 +1,9 @@
 """The two tiers of routed experts as one callable.
 
 slot_of[layer, expert] (-1 = host) is the only description of where an expert is. Each call splits a step's top-k by it,
-starts the host part, runs the device part, and returns a function that joins and adds the two. With a CUDA device all of
-this only enqueues, and the host part runs when the stream gets there; on a CPU device both tiers are the same cores, so it
-runs at once.
+starts the host part, runs the device part, and returns a function that joins and adds the two. With a CUDA device all
+of this only enqueues, and the host part runs when the stream gets there; on a CPU device both tiers are the same cores,
+so it runs at once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from hetero_glm5.weights.quantize import PackedExperts
 
 
 class ExpertTiers:
-    """`host[layer]` for layers with experts on the host; `slot_of` int [layers, experts]; `stream`: gives the stream of a
-    device to put the host part on, None = run it at once."""
+    """`host[layer]` for layers with experts on the host; `slot_of` int [layers, experts]; `stream`: gives a device's
+    stream to put the host part on, None = run it at once."""
 
     def __init__(
         self,

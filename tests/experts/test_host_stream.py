@@ -237,6 +237,18 @@ def test_the_errors_of_a_step_come_out_as_one(own):
     experts.pool.check()
 
 
+def test_an_error_takes_those_still_on_their_way_with_it(standin):
+    stream, experts = Stream(standin, seed=1, most_delay=20_000), layer(HostPool(2), "FP32", 24, 17)
+    for _ in range(SLOTS):
+        experts.start(stream, *bad_call(experts))()
+    with pytest.raises(ValueError, match=BAD_ID):
+        while True:  # until the stream is past the first
+            experts.pool.check()
+    stream.synchronize()
+    experts.pool.check()
+    destroy([stream], experts.pool)
+
+
 def test_close_waits_for_the_stream(own):
     stream, experts = own
     stream.hold(True)

@@ -62,7 +62,7 @@ class Stream:
 
 
 class PatientStream(Stream):
-    """Waits after each copy, so that torch can compute with what was copied: a device for code that knows streams only."""
+    """Waits after each copy, so that torch can compute with what was copied."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         super().copy(target, source)
