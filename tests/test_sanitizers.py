@@ -21,8 +21,11 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("csrc", "experts", "weights/test_quantize.py", "weights/test_integers.py")
-# Its limit on address space leaves no room for a sanitizer's own memory.
-LEFT_OUT = "tests/csrc/test_thread_pool.py::test_threads_that_cannot_be_started_are_a_sentence"
+# A limit on address space leaves no room for a sanitizer's own memory; the others take minutes and add nothing.
+CHOSEN = (
+    "not threads_that_cannot_be_started and not error_of_a_layer and not (a_row_depends and (scalar or avx2)) "
+    "and not (packing_is_the_quantiser and (INT4-64 or INT4-128))"
+)
 
 # gcc 12's libtsan does not start where addresses are too random (vm.mmap_rnd_bits above 28).
 STILL = ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0 else []
@@ -36,7 +39,8 @@ class Build:
     environment: dict[str, str]
 
     def run(self, *arguments: str, timeout: int = 60) -> str:
-        """Runs Python -> its output and the sanitizer's reports, which follow a line of their own."""
+        """Runs Python -> its output, its exit code, and the reports; but those of undefined behaviour are in its output
+        and end it."""
         reports = self.site / "reports"
         shutil.rmtree(reports, ignore_errors=True)
         reports.mkdir()
@@ -96,7 +100,7 @@ def test_planted_bugs_are_reported(build):
     for call, report in PLANTED.items():
         if with_threads == (report == "data race"):
             output = build.run("-c", f"from hetero_glm5 import _C; _C.planted.{call}")
-            assert report in output.partition("reports:")[2] and "bind_planted.cpp" in output, output
+            assert report in output and "bind_planted.cpp" in output and "exit code 0" not in output, output
 
 
 def test_calls_without_a_bug_are_not(build):
@@ -106,6 +110,6 @@ def test_calls_without_a_bug_are_not(build):
 
 def test_the_suites_are_clean(build):
     suites = [str(ROOT / "tests" / suite) for suite in SUITES]
-    options = ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", f"--deselect={LEFT_OUT}"]
+    options = ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-k", CHOSEN]
     output = build.run("-m", "pytest", *options, *suites, timeout=1800)
     assert " passed" in output and output.endswith("exit code 0\nreports:\n"), output[-20_000:]

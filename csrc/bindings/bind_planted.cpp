@@ -21,8 +21,8 @@ int race() {
 }
 
 int beyond_the_heap(int index) {
-  auto* values = static_cast<int*>(std::calloc(4, sizeof(int)));
-  const int value = const_cast<volatile int*>(values)[index];
+  int* volatile values = static_cast<int*>(std::calloc(4, sizeof(int)));  // volatile: the compiler must not see the size
+  const int value = values[index];
   std::free(values);
   return value;
 }

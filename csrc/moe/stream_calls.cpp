@@ -67,7 +67,7 @@ int64_t StreamCalls::take() {
 
 void StreamCalls::submit(int64_t ticket, MoeLayer layer, const MoeCall& call) {
   Slot& taken = slot(ticket);
-  CHECK(taken.ticket == ticket && taken.awaited, "call ", ticket, " was submitted before, or its slot went to a later call");
+  CHECK(taken.ticket == ticket && taken.passed.ended(), "call ", ticket, " was submitted before, or its slot went to a later call");
   taken.layer = std::move(layer);
   taken.call = call;
   taken.passed.begin();

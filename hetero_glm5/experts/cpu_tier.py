@@ -39,8 +39,8 @@ class HostPool:
     def close(self) -> None:
         """Waits for the calls in streams, ends the threads. Later calls raise ValueError; closing twice is fine."""
         try:
-            for stream in self._streams.values():
-                stream.close()
+            while self._streams:
+                self._streams.popitem()[1].close()
         finally:
             self._c.close()
 
