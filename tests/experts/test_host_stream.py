@@ -169,7 +169,9 @@ def test_the_caller_is_held_back_by_the_slots_and_by_nothing_else(own):
 
     caller = threading.Thread(target=start_all)
     caller.start()
-    time.sleep(0.1)
+    while len(started) < SLOTS:
+        time.sleep(0.01)
+    time.sleep(0.05)
     assert len(started) == SLOTS and caller.is_alive()
     stream.hold(False)
     caller.join()

@@ -24,14 +24,13 @@ def pool():
 
 
 @pytest.fixture(scope="module", params=["at once", "on a stream"])
-def stream(request, standin, pool):
+def stream(request, standin):
     """What ExpertTiers takes: None, or a function of the device."""
     if request.param == "at once":
         yield None
         return
     stream = PatientStream(standin)
     yield lambda device: stream
-    pool.close()
     stream.destroy()
 
 

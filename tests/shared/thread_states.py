@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 
-def others_sleep() -> bool:
-    """Whether the scheduler lists other threads of this process as sleeping (S), and none as running (R)."""
+def others_sleep(within: float = 2.0) -> bool:
+    """Whether the scheduler comes to list other threads of this process as sleeping (S), and none as running (R)."""
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        states = _states()
+        if "S" in states and "R" not in states:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def _states() -> set[str]:
     tasks = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != threading.get_native_id()]
-    states = {(task / "stat").read_text().rpartition(") ")[2][0] for task in tasks}
-    return "S" in states and "R" not in states
+    return {(task / "stat").read_text().rpartition(") ")[2][0] for task in tasks}
