@@ -10,11 +10,12 @@
 
 namespace hetero {
 
-// Whether done() came true within a few fork-joins' gap, far below a scheduler tick.
-template <class Done> bool spin_until(Done done) {
-  constexpr auto kSpin = std::chrono::microseconds(100);
+constexpr auto kSpin = std::chrono::microseconds(100);  // several fork-joins' gap, far below a scheduler tick
+
+// Whether done() came true within the limit.
+template <class Done> bool spin_until(Done done, std::chrono::microseconds limit = kSpin) {
   constexpr int kPausesPerLook = 64;
-  const auto end = std::chrono::steady_clock::now() + kSpin;
+  const auto end = std::chrono::steady_clock::now() + limit;
   do {
     for (int i = 0; i < kPausesPerLook; i++) {
       if (done()) return true;
