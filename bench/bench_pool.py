@@ -4,9 +4,9 @@
 
 A call gives each thread one task. Empty tasks show what the caller pays; tasks that are busy for 20 us show whether the
 others come in time. over = time less what the tasks take on as many CPUs as there are threads, or on all; slower = time
-over that.
-The gap is how long the caller was busy elsewhere since the call before; workers sleep after about 100 us.
-In the rows called crowded 64 tasks are shared by one, two, four and eight threads for each CPU.
+over that. In the rows called crowded 64 tasks are shared by one, two, four and eight threads for each CPU.
+hand_over is the time from submit to the first instruction of a job of the queue thread, there_and_back until its end.
+The gap is how long the caller was busy elsewhere since the call before; threads sleep after about 100 us.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def rows(threads: list[int], calls: int) -> Iterator[dict[str, object]]:
         fitting = max(1, min(calls, int(MOST_SECONDS / (gap + max(BODIES)))))
         for n in threads:
             yield from (fork_join("fork_join", n, n, body, gap, fitting) for body in BODIES)
-        yield row("job_queue", 1, 0.0, gap, Timing(tuple(_C.probe.job_queue(gap, fitting))), 0.0)
+        for name, seconds in zip(("hand_over", "there_and_back"), _C.probe.hand_over(gap, fitting), strict=True):
+            yield row(name, 1, 0.0, gap, Timing(tuple(seconds)), 0.0)
     for crowd in CROWDS:
         yield fork_join("crowded", crowd * CPUS, CROWDED_TASKS, max(BODIES), 0.0, calls)
 
@@ -67,12 +68,12 @@ def main() -> None:
     threads = [int(n) for n in args.threads.split(",")] if args.threads else [*sorted(powers), 2 * cores]
     if not args.json:
         columns = {"threads": 8, "task us": 9, "gap us": 8, "calls": 7, "over us": 10, "p99 us": 10, "slower": 8}
-        print(" " * 12 + "".join(f"{name:>{width}}" for name, width in columns.items()))
+        print(" " * 15 + "".join(f"{name:>{width}}" for name, width in columns.items()))
     for r in rows(threads, args.calls):
         if args.json:
             print(json.dumps(r), flush=True)
             continue
-        line = f"{r['name']:<12}{r['threads']:>8}{r['body_us']:>9.0f}{r['gap_us']:>8.0f}{r['calls']:>7}"
+        line = f"{r['name']:<15}{r['threads']:>8}{r['body_us']:>9.0f}{r['gap_us']:>8.0f}{r['calls']:>7}"
         line += f"{r['over_us']:>10.2f}{r['p99_us']:>10.2f}"
         print(line if r["slower"] is None else f"{line}{r['slower']:>7.2f}x", flush=True)
 

@@ -11,7 +11,7 @@ if(CMAKE_SCRIPT_MODE_FILE)
   string(REGEX REPLACE "\n$" "" symbols "${symbols}")
   string(REPLACE "\n" ";" symbols "${symbols}")
   foreach(symbol IN LISTS symbols)
-    if(NOT symbol MATCHES " [DR] .*kernel_table_")
+    if(NOT symbol MATCHES " [BDR] .*kernel_table_")  # B: the address sanitizer's mark of the table
       message(FATAL_ERROR "${OBJECT} exports '${symbol}': code compiled for one ISA must not be visible to the others. "
                           "Give it internal linkage (an anonymous namespace), and keep the STL out of csrc/kernel/isa.")
     endif()
@@ -34,8 +34,8 @@ function(hetero_isa name)
   add_library(isa_${name} OBJECT csrc/kernel/isa/${name}.cpp)
   target_include_directories(isa_${name} PRIVATE csrc)
   # Contracting a * b + c would change bits from ISA to ISA. gcc 12 warns about its own _mm512_undefined_* (PR 105593).
-  target_compile_options(isa_${name} PRIVATE -O3 -ffp-contract=off -fno-strict-aliasing -fvisibility=hidden -Wno-maybe-uninitialized
-    ${ARGN})
+  target_compile_options(isa_${name} PRIVATE ${optimize} -ffp-contract=off -fno-strict-aliasing -fno-exceptions
+    -fvisibility=hidden -Wno-maybe-uninitialized ${ARGN})
   set_target_properties(isa_${name} PROPERTIES POSITION_INDEPENDENT_CODE ON INTERPROCEDURAL_OPTIMIZATION OFF)
   set(HETERO_ISAS ${HETERO_ISAS} ${name} PARENT_SCOPE)
 endfunction()

@@ -4,6 +4,7 @@
 
 #include "bindings/bindings.h"
 #include "moe/moe_layer.h"
+#include "moe/stream_calls.h"
 
 namespace hetero {
 namespace {
@@ -60,44 +61,47 @@ void forward(const LayerHandle& layer, py::array x, py::array ids, py::array wei
   moe.forward(call);
 }
 
-// A submitted call. Owns its arrays until the job has run; dropped without wait(), it waits.
-class Ticket {
+// Python's StreamCalls: keeps each slot's arrays until the slot's next call.
+class StreamHandle {
  public:
-  Ticket(const LayerHandle& layer, Arrays arrays)
-      : arrays_(std::move(arrays)), moe_(layer.pool->get(), layer.weights), call_(checked_call(*layer.weights, arrays_)) {
-    id_ = moe_.pool().queue.submit([](void* self) { static_cast<Ticket*>(self)->run(); }, this);
-  }
-  ~Ticket() {
+  StreamHandle(uintptr_t stream, const std::string& library)
+      : calls_(std::make_unique<StreamCalls>(CudaRuntime(library), reinterpret_cast<void*>(stream))) {}
+  ~StreamHandle() {
     py::gil_scoped_release release;
-    finish();
+    calls_.reset();
   }
-  Ticket(const Ticket&) = delete;
+  StreamHandle(const StreamHandle&) = delete;
 
-  void wait() {
+  int64_t take() {
+    py::gil_scoped_release release;
+    return calls_->take();
+  }
+  void submit(int64_t ticket, const LayerHandle& layer, py::array x, py::array ids, py::array weights, py::array y) {
+    Arrays arrays{std::move(x), std::move(ids), std::move(weights), std::move(y)};
+    const MoeCall call = checked_call(*layer.weights, arrays);
+    MoeLayer moe(layer.pool->get(), layer.weights);
     {
       py::gil_scoped_release release;
-      finish();
+      calls_->submit(ticket, std::move(moe), call);
     }
-    if (error_) std::rethrow_exception(error_);
+    arrays_[ticket % StreamCalls::kSlots] = std::move(arrays);
+  }
+  void wait(int64_t ticket) {
+    py::gil_scoped_release release;
+    calls_->wait(ticket);
+  }
+  void check() {
+    py::gil_scoped_release release;
+    calls_->check();
+  }
+  void close() {
+    py::gil_scoped_release release;
+    calls_->close();
   }
 
  private:
-  void run() { moe_.forward(call_); }
-  void finish() noexcept {
-    if (id_ < 0) return;
-    try {
-      moe_.pool().queue.wait(id_);
-    } catch (...) {
-      error_ = std::current_exception();
-    }
-    id_ = -1;
-  }
-
-  Arrays arrays_;
-  MoeLayer moe_;
-  MoeCall call_;
-  int64_t id_ = -1;
-  std::exception_ptr error_;
+  std::array<Arrays, StreamCalls::kSlots> arrays_;
+  std::unique_ptr<StreamCalls> calls_;
 };
 
 }  // namespace
@@ -110,13 +114,18 @@ void bind_moe(py::module_& m) {
       .def_property_readonly("thread_groups", [](const PoolHandle& p) { return group_pairs(p.get()->thread_groups); })
       .def_property_readonly("isa", [](const PoolHandle& p) { return p.get()->kernels.name; })
       .def("close", &PoolHandle::close);
-  py::class_<Ticket>(m, "Ticket").def("wait", &Ticket::wait);
   py::class_<LayerHandle>(m, "MoeLayer")
       .def(py::init<std::shared_ptr<PoolHandle>, std::shared_ptr<ExpertWeights>>(), py::arg("pool"), py::arg("weights"))
-      .def("forward", &forward, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("y"))
-      .def("submit", [](const LayerHandle& layer, py::array x, py::array ids, py::array weights, py::array y) {
-        return std::make_unique<Ticket>(layer, Arrays{std::move(x), std::move(ids), std::move(weights), std::move(y)});
-      }, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("y"));
+      .def("forward", &forward, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("y"));
+  py::class_<StreamHandle>(m, "StreamCalls")
+      .def(py::init<uintptr_t, const std::string&>(), py::arg("stream"), py::arg("library"))
+      .def("take", &StreamHandle::take)
+      .def("submit", &StreamHandle::submit, py::arg("ticket"), py::arg("layer"), py::arg("x"), py::arg("topk_ids"),
+           py::arg("topk_weights"), py::arg("y"))
+      .def("wait", &StreamHandle::wait, py::arg("ticket"))
+      .def("check", &StreamHandle::check)
+      .def("close", &StreamHandle::close)
+      .def_property_readonly_static("SLOTS", [](const py::object&) { return StreamCalls::kSlots; });
 }
 
 }  // namespace hetero

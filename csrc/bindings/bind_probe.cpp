@@ -15,11 +15,16 @@ std::vector<double> fork_join(int threads, int tasks, double body, double gap, i
   return time_fork_join(pool, {tasks, body, gap}, calls);
 }
 
-std::vector<double> job_queue(double gap, int calls) {
+std::pair<std::vector<double>, std::vector<double>> hand_over(double gap, int calls) {
   py::gil_scoped_release release;
   JobQueue queue;
-  time_job_queue(queue, gap, calls / 10 + 1);
-  return time_job_queue(queue, gap, calls);
+  time_hand_over(queue, gap, calls / 10 + 1);
+  std::pair<std::vector<double>, std::vector<double>> seconds;
+  for (const HandOver& s : time_hand_over(queue, gap, calls)) {
+    seconds.first.push_back(s.there);
+    seconds.second.push_back(s.back);
+  }
+  return seconds;
 }
 
 }  // namespace
@@ -40,7 +45,8 @@ void bind_probe(py::module_& m) {
            "Multiplies and adds per second, all threads.");
   p.def("fork_join", &fork_join, py::arg("threads"), py::arg("tasks"), py::arg("body"), py::arg("gap"), py::arg("calls"),
         "Seconds of each call of a new pool: tasks that are busy for `body` seconds, `gap` seconds after the last call.");
-  p.def("job_queue", &job_queue, py::arg("gap"), py::arg("calls"), "Seconds from submit to the return of wait, of empty jobs.");
+  p.def("hand_over", &hand_over, py::arg("gap"), py::arg("calls"),
+        "Seconds from submit to the start of an empty job, and to the return of wait: two lists.");
 }
 
 }  // namespace hetero

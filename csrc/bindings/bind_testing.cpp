@@ -19,22 +19,31 @@ class PyJobQueue {
     py::gil_scoped_release release;
     queue_.reset();
   }
-  int64_t submit(py::function job) {
-    jobs_.push_back(std::make_unique<py::function>(std::move(job)));
-    return queue_->submit(
-        [](void* arg) {
-          py::gil_scoped_acquire gil;
-          (*static_cast<py::function*>(arg))();
-        },
-        jobs_.back().get());
+  int64_t submit(py::function function) {
+    jobs_.push_back(std::make_unique<PyJob>(std::move(function)));
+    queue_->submit(*jobs_.back());
+    return static_cast<int64_t>(jobs_.size()) - 1;
   }
-  void wait(int64_t ticket) {
-    py::gil_scoped_release release;
-    queue_->wait(ticket);
+  void again(int64_t job) { queue_->submit(*jobs_.at(job)); }
+  void wait(int64_t number) {
+    Job& job = *jobs_.at(number);  // with the GIL, which guards jobs_
+    {
+      py::gil_scoped_release release;
+      job.wait();
+    }
+    if (auto error = std::exchange(job.error, nullptr)) std::rethrow_exception(error);
   }
 
  private:
-  std::vector<std::unique_ptr<py::function>> jobs_;
+  struct PyJob : Job {
+    explicit PyJob(py::function f) : Job(&run), function(std::move(f)) {}
+    static void run(Job& job) {
+      py::gil_scoped_acquire gil;
+      static_cast<PyJob&>(job).function();
+    }
+    py::function function;
+  };
+  std::vector<std::unique_ptr<PyJob>> jobs_;
   std::unique_ptr<JobQueue> queue_ = std::make_unique<JobQueue>();
 };
 
@@ -71,15 +80,18 @@ void bind_testing(py::module_& m) {
   py::class_<ThreadPool>(t, "ThreadPool")
       .def(py::init([](int threads, const std::vector<int>& nodes, int spin_us) {
              return std::make_unique<ThreadPool>(group_threads(this_machine(), nodes, threads), std::chrono::microseconds(spin_us));
-           }), py::arg("threads"), py::arg("nodes") = std::vector<int>(), py::arg("spin_us") = ThreadPool::kSpin.count())
+           }), py::arg("threads"), py::arg("nodes") = std::vector<int>(), py::arg("spin_us") = kSpin.count())
       .def_property_readonly("threads", &ThreadPool::threads)
       .def("for_each", &for_each)
       .def("sum_tasks", &sum_tasks);
-  py::class_<PyJobQueue>(t, "JobQueue").def(py::init<>()).def("submit", &PyJobQueue::submit).def("wait", &PyJobQueue::wait);
   t.def("group_threads", [](const std::string& root, const std::vector<int>& cpus, const std::vector<int>& nodes, int threads) {
     return group_pairs(group_threads(read_topology(root, cpus), nodes, threads));
   }, py::arg("root"), py::arg("cpus"), py::arg("nodes"), py::arg("threads"));
-  t.attr("JOB_SLOTS") = JobQueue::kSlots;
+  py::class_<PyJobQueue>(t, "JobQueue")
+      .def(py::init<>())
+      .def("submit", &PyJobQueue::submit)
+      .def("again", &PyJobQueue::again)
+      .def("wait", &PyJobQueue::wait);
 }
 
 }  // namespace hetero

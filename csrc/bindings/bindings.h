@@ -22,6 +22,7 @@ void bind_weights(py::module_& m);
 void bind_moe(py::module_& m);
 void bind_probe(py::module_& m);
 void bind_testing(py::module_& m);
+void bind_planted(py::module_& m);  // in builds with a sanitizer
 
 // (node, CPU of each thread) of each group, -1 for any.
 inline std::vector<std::pair<int, std::vector<int>>> group_pairs(const std::vector<ThreadGroup>& groups) {

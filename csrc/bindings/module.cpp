@@ -7,4 +7,7 @@ PYBIND11_MODULE(_C, m) {
   hetero::bind_moe(m);
   hetero::bind_probe(m);
   hetero::bind_testing(m);
+#ifdef HETERO_PLANTED_BUGS
+  hetero::bind_planted(m);
+#endif
 }

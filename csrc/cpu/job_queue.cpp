@@ -1,57 +1,54 @@
 #include "cpu/job_queue.h"
 
-#include <algorithm>
 #include <utility>
 
-#include "base/check.h"
+#include "cpu/topology.h"
 
 namespace hetero {
 
+JobQueue::JobQueue() : may_spin_(usable_cpus().size() > 1), thread_([this] { loop(); }) {}
+
 JobQueue::~JobQueue() {
-  {
-    std::lock_guard lock(mutex_);
-    stop_ = true;
-  }
-  work_.notify_all();
+  stop_ = true;
+  if (asleep_.exchange(0) == 1) futex_wake_all(asleep_);
   thread_.join();
 }
 
-int64_t JobQueue::submit(Job job, void* arg) {
-  std::lock_guard lock(mutex_);
-  const auto slot = std::find_if(slots_.begin(), slots_.end(), [](const Slot& s) { return s.ticket < 0; });
-  CHECK(slot != slots_.end(), kSlots, " submitted jobs have not been waited for; wait for one before submitting another");
-  *slot = {job, arg, nullptr, submitted_, false};
-  order_[submitted_ % kSlots] = static_cast<int>(slot - slots_.begin());
-  work_.notify_one();
-  return submitted_++;
+void JobQueue::submit(Job& job) noexcept {
+  job.pending_.begin();
+  job.next_ = submitted_.load();
+  while (!submitted_.compare_exchange_weak(job.next_, &job)) {
+  }
+  if (asleep_.exchange(0) == 1) futex_wake_all(asleep_);
 }
 
-void JobQueue::wait(int64_t ticket) {
-  std::unique_lock lock(mutex_);
-  const auto slot = std::find_if(slots_.begin(), slots_.end(), [&](const Slot& s) { return s.ticket == ticket; });
-  CHECK(ticket >= 0 && slot != slots_.end(), "ticket ", ticket, " was never given out or has been waited for");
-  done_.wait(lock, [&] { return slot->done; });
-  slot->ticket = -1;
-  if (auto error = std::exchange(slot->error, nullptr)) std::rethrow_exception(error);
+void JobQueue::await_jobs() noexcept {
+  const auto called = [&] { return submitted_.load() != nullptr || stop_.load(); };
+  while (!(may_spin_ ? spin_until(called) : called())) {
+    asleep_ = 1;
+    if (!called()) futex_wait(asleep_, 1);
+    asleep_ = 0;
+  }
 }
 
-void JobQueue::loop() {
-  std::unique_lock lock(mutex_);
+void JobQueue::loop() noexcept {
   for (;;) {
-    work_.wait(lock, [&] { return stop_ || started_ < submitted_; });
-    if (started_ == submitted_) return;
-    Slot& slot = slots_[order_[started_++ % kSlots]];
-    lock.unlock();
-    std::exception_ptr error;
-    try {
-      slot.job(slot.arg);
-    } catch (...) {
-      error = std::current_exception();
+    await_jobs();
+    Job* next = nullptr;  // turned round: the oldest first
+    for (Job* job = submitted_.exchange(nullptr); job != nullptr;) {
+      Job* older = std::exchange(job->next_, next);
+      next = std::exchange(job, older);
     }
-    lock.lock();
-    slot.error = std::move(error);
-    slot.done = true;
-    done_.notify_all();
+    if (next == nullptr) return;
+    while (next != nullptr) {
+      Job& job = *std::exchange(next, next->next_);
+      try {
+        job.run_(job);
+      } catch (...) {
+        job.error = std::current_exception();
+      }
+      job.pending_.end();
+    }
   }
 }
 

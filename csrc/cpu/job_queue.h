@@ -1,46 +1,51 @@
 // One thread that runs jobs in the order they were submitted, so that host experts work while the submitter does something
-// else. submit() returns a ticket at once; wait(ticket) blocks until that job has run, rethrows what it threw and frees its
-// slot. The slots are fixed and preallocated: neither call allocates. Each ticket must be waited for once.
-// A job is a function and one argument; the submitter keeps what the argument points to alive until wait() returns.
-// The destructor runs what was submitted.
+// else. A job belongs to its submitter, who keeps it until it has ended and may then submit it again; the queue only links
+// jobs together. So submitting has no limit, never allocates, blocks or throws, and is fit for a CUDA host function.
+//
+// The thread and whoever waits spin for a bounded time and then sleep. The destructor runs what was submitted.
 #pragma once
-#include <array>
-#include <condition_variable>
-#include <cstdint>
+#include <atomic>
 #include <exception>
-#include <mutex>
 #include <thread>
+
+#include "cpu/spin.h"
 
 namespace hetero {
 
+class Job {
+ public:
+  using Run = void (*)(Job&);  // may throw
+
+  explicit Job(Run run) : run_(run) {}
+  Job(const Job&) = delete;
+
+  bool ended() const noexcept { return pending_.ended(); }  // also before it is first submitted
+  void wait() noexcept { pending_.wait(); }
+  std::exception_ptr error;  // what the run threw; whoever has waited reads and clears it
+
+ private:
+  friend class JobQueue;
+  Run run_;
+  Job* next_ = nullptr;
+  Pending pending_;
+};
+
 class JobQueue {
  public:
-  static constexpr int kSlots = 64;
-  using Job = void (*)(void*);
-
-  JobQueue() : thread_([this] { loop(); }) {}
+  JobQueue();
   ~JobQueue();
   JobQueue(const JobQueue&) = delete;
 
-  int64_t submit(Job job, void* arg);  // -> ticket; throws if kSlots jobs have not been waited for
-  void wait(int64_t ticket);
+  void submit(Job& job) noexcept;  // one that has ended
 
  private:
-  struct Slot {
-    Job job;
-    void* arg;
-    std::exception_ptr error;
-    int64_t ticket = -1;  // -1 = free
-    bool done = false;
-  };
-  void loop();
+  void loop() noexcept;
+  void await_jobs() noexcept;
 
-  std::array<Slot, kSlots> slots_;
-  std::array<int, kSlots> order_;     // slots in order of submission, a ring
-  int64_t submitted_ = 0, started_ = 0;
-  bool stop_ = false;
-  std::mutex mutex_;
-  std::condition_variable work_, done_;
+  bool may_spin_;
+  alignas(128) std::atomic<Job*> submitted_{nullptr};  // the newest, linked to those before it
+  std::atomic<bool> stop_{false};
+  std::atomic<int> asleep_{0};
   std::thread thread_;  // last: it uses the rest
 };
 

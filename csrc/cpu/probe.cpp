@@ -151,13 +151,19 @@ std::vector<double> time_fork_join(ThreadPool& pool, const ForkJoin& call, int c
   return seconds;
 }
 
-std::vector<double> time_job_queue(JobQueue& queue, double gap, int calls) {
-  std::vector<double> seconds(calls);
-  for (double& s : seconds) {
+std::vector<HandOver> time_hand_over(JobQueue& queue, double gap, int calls) {
+  struct Stamp : Job {
+    Stamp() : Job([](Job& job) { static_cast<Stamp&>(job).at = Clock::now(); }) {}
+    Clock::time_point at;
+  } stamp;
+  std::vector<HandOver> seconds(calls);
+  for (HandOver& s : seconds) {
     busy_wait(gap);
     const auto start = Clock::now();
-    queue.wait(queue.submit([](void*) {}, nullptr));
-    s = seconds_since(start);
+    queue.submit(stamp);
+    stamp.wait();
+    s.back = seconds_since(start);
+    s.there = std::chrono::duration<double>(stamp.at - start).count();
   }
   return seconds;
 }

@@ -47,7 +47,10 @@ struct ForkJoin {
 
 // Seconds of each of `calls` calls of pool.for_each.
 std::vector<double> time_fork_join(ThreadPool& pool, const ForkJoin& call, int calls);
-// Seconds from submit to the return of wait, of an empty job.
-std::vector<double> time_job_queue(JobQueue& queue, double gap, int calls);
+struct HandOver {
+  double there, back;  // seconds from submit to the job's first instruction, and to the return of wait
+};
+// Of each of `calls` empty jobs, the submitter busy for `gap` seconds before each.
+std::vector<HandOver> time_hand_over(JobQueue& queue, double gap, int calls);
 
 }  // namespace hetero

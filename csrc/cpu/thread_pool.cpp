@@ -1,6 +1,5 @@
 #include "cpu/thread_pool.h"
 
-#include <immintrin.h>
 #include <pthread.h>
 #include <sched.h>
 
@@ -8,12 +7,10 @@
 #include <utility>
 
 #include "base/check.h"
-#include "cpu/futex.h"
+#include "cpu/topology.h"
 
 namespace hetero {
 namespace {
-
-constexpr int kPausesPerLook = 64;
 
 void pin_to(int cpu) {  // best effort: a CPU that has left the cpuset leaves the worker unpinned
   const int cpus = cpu + 1;
@@ -73,15 +70,7 @@ void ThreadPool::end_workers() {
 }
 
 template <class Done> bool ThreadPool::spin_until(Done done) const {
-  if (spin_.count() == 0) return done();
-  const auto end = std::chrono::steady_clock::now() + spin_;
-  do {
-    for (int i = 0; i < kPausesPerLook; i++) {
-      if (done()) return true;
-      _mm_pause();
-    }
-  } while (std::chrono::steady_clock::now() < end);
-  return false;
+  return spin_.count() == 0 ? done() : hetero::spin_until(done, spin_);
 }
 
 void ThreadPool::worker_loop(int worker) {

@@ -22,14 +22,13 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/spin.h"
 #include "cpu/topology.h"
 
 namespace hetero {
 
 class ThreadPool {
  public:
-  static constexpr auto kSpin = std::chrono::microseconds(100);  // several fork-joins' gap, far below a scheduler tick
-
   // Workers are numbered group by group; each group has at least one. The first group's first CPU is left to the caller.
   explicit ThreadPool(const std::vector<ThreadGroup>& groups, std::chrono::microseconds spin = kSpin);
   ~ThreadPool();

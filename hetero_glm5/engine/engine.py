@@ -58,7 +58,8 @@ class Engine:
             return []
         logits = self.runner.forward(batch, self.clock)
         with self.clock("sampling"):
-            tokens = sample(logits, batch, self.model_config.eos_token_ids)
+            tokens = sample(logits, batch, self.model_config.eos_token_ids)  # waits for the device
+        self.pool.check()
         return self.scheduler.commit(batch, tokens)
 
     def fail_step(self, message: str) -> list[TokenEvent]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hetero_glm5 import _C
+from hetero_glm5.experts.host_stream import DeviceStream, HostStream
 from hetero_glm5.weights.quantize import PackedExperts, host_array
 
 
@@ -27,23 +27,26 @@ class HostPool:
         self.threads: int = self._c.threads
         self.node_threads = tuple(len(cpus) for _, cpus in self._c.thread_groups)
         self.isa: str = self._c.isa
+        self._streams: dict[int, HostStream] = {}
+
+    def stream(self, stream: DeviceStream) -> HostStream:
+        """The calls of that stream, by its handle."""
+        if stream.handle not in self._streams:
+            self._streams[stream.handle] = HostStream(stream)
+        return self._streams[stream.handle]
+
+    def check(self) -> None:
+        """Raises what a call in a stream raised, if the stream is past it, as it is after a synchronisation."""
+        for stream in self._streams.values():
+            stream.check()
 
     def close(self) -> None:
-        """Runs what was submitted, ends the threads. Later calls raise ValueError; closing twice is fine."""
-        self._c.close()
-
-
-class Ticket:
-    """A submitted call. Dropping it unwaited waits for the call, because the call uses its memory."""
-
-    def __init__(self, c: _C.Ticket, y: Tensor) -> None:
-        self._c = c
-        self._y = y
-
-    def wait(self) -> Tensor:
-        """-> y [T, H] float32 once it is complete; raises what the call raised. May be called again."""
-        self._c.wait()
-        return self._y
+        """Waits for the calls in streams, ends the threads. Later calls raise ValueError; closing twice is fine."""
+        try:
+            while self._streams:
+                self._streams.popitem()[1].close()
+        finally:
+            self._c.close()
 
 
 class CpuExperts:
@@ -70,20 +73,23 @@ class CpuExperts:
 
         ValueError on a wrong shape or dtype, and on an id that is outside -1..E-1 or not resident.
         """
-        arrays, y = _arrays(x, topk_ids, topk_weights), self._output(x)
+        _check_rows(x)
+        arrays = host_array("x", x), host_array("topk_ids", topk_ids), host_array("topk_weights", topk_weights)
+        y = torch.empty((x.shape[0], self.packed.layout.hidden), dtype=torch.float32)
         self._c.forward(*arrays, y.numpy())
         return y
 
-    def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Ticket:
-        """The same on the queue thread. The inputs are kept alive and must not be written before wait() returns."""
-        arrays, y = _arrays(x, topk_ids, topk_weights), self._output(x)
-        return Ticket(self._c.submit(*arrays, y.numpy()), y)
+    def start(self, stream: DeviceStream, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Callable[[], Tensor]:
+        """The same with tensors on the stream's device, enqueued: returns join() -> y [T, H] float32. join() holds
+        the stream, not the caller; it is called once. The caller can be HostStream.SLOTS calls ahead of the stream.
 
-    def _output(self, x: Tensor) -> Tensor:
-        return torch.empty((x.shape[0], self.packed.layout.hidden), dtype=torch.float32)
+        ValueError on a wrong shape or dtype. What the call raises later (a bad id) comes out of the next start() or
+        pool.check() after it; its y is NaN. RuntimeError if CUDA refuses or the device has failed.
+        """
+        _check_rows(x)
+        return self.pool.stream(stream).start(stream, self._c, x, topk_ids, topk_weights)
 
 
-def _arrays(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _check_rows(x: Tensor) -> None:
     if x.dim() != 2 or x.dtype not in (torch.float32, torch.bfloat16):  # the extension sees bfloat16 as int16
         raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}, must be float32 or bfloat16 [tokens, hidden]")
-    return host_array("x", x), host_array("topk_ids", topk_ids), host_array("topk_weights", topk_weights)

@@ -1,9 +1,9 @@
 """The two tiers of routed experts as one callable.
 
 slot_of[layer, expert] (-1 = host) is the only description of where an expert is. Each call splits a step's top-k by it,
-starts the host part, runs the device part, and returns a function that waits for the host and adds the two. With a CUDA
-device the host part runs on the pool's own threads meanwhile; on a CPU device both tiers are the same cores, so it runs
-at once.
+starts the host part, runs the device part, and returns a function that joins and adds the two. With a CUDA device all
+of this only enqueues, and the host part runs when the stream gets there; on a CPU device both tiers are the same cores,
+so it runs at once.
 """
 
 from __future__ import annotations
@@ -18,20 +18,27 @@ from torch import Tensor
 from hetero_glm5.core import no_clock
 from hetero_glm5.experts.cpu_tier import CpuExperts, HostPool
 from hetero_glm5.experts.gpu_tier import GpuExperts
+from hetero_glm5.experts.host_stream import CudaStream, DeviceStream
 from hetero_glm5.weights.expert_source import ExpertSource
 from hetero_glm5.weights.load import ModelWeights
 from hetero_glm5.weights.quantize import PackedExperts
 
 
 class ExpertTiers:
-    """`host[layer]` for layers with experts on the host; `slot_of` int [layers, experts]; `overlap`: whether the host
-    part runs on its own threads while the caller goes on."""
+    """`host[layer]` for layers with experts on the host; `slot_of` int [layers, experts]; `stream`: gives a device's
+    stream to put the host part on, None = run it at once."""
 
-    def __init__(self, host: dict[int, CpuExperts], device: GpuExperts, slot_of: np.ndarray, *, overlap: bool):
-        self.host, self.device = host, device
+    def __init__(
+        self,
+        host: dict[int, CpuExperts],
+        device: GpuExperts,
+        slot_of: np.ndarray,
+        *,
+        stream: Callable[[torch.device], DeviceStream] | None,
+    ):
+        self.host, self.device, self.stream = host, device, stream
         self.slot_of = torch.from_numpy(slot_of).to(device.slots.device)
         self._on_device = (slot_of >= 0).any(axis=1)
-        self.overlap = overlap
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock=no_clock) -> Callable[[], Tensor]:
         """x [T, hidden], ids int64 [T, k], weights fp32 [T, k]. Returns join() → Σ_k w·E_k(x), fp32 [T, hidden]."""
@@ -50,16 +57,16 @@ class ExpertTiers:
                 assert on_device is not None, f"layer {layer} has experts on neither tier"
                 return on_device
             with clock("host_experts"):
-                on_host = pending().to(x.device)
+                on_host = pending()
             return on_host if on_device is None else on_host + on_device
 
         return join
 
     def _start_host(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
-        if not self.overlap:
+        if self.stream is None:
             y = self.host[layer](x, ids, weights)
             return lambda: y
-        return self.host[layer].submit(x.cpu(), ids.cpu(), weights.cpu()).wait
+        return self.host[layer].start(self.stream(x.device), x, ids, weights)
 
 
 def load_tiers(
@@ -88,4 +95,4 @@ def load_tiers(
                 source.tell("experts")
             if resident:
                 host[layer] = CpuExperts(packed, pool=pool)
-    return ExpertTiers(host, tier, slot_of, overlap=tier.slots.device.type != "cpu")
+    return ExpertTiers(host, tier, slot_of, stream=None if tier.slots.device.type == "cpu" else CudaStream)

@@ -16,7 +16,9 @@ def test_rows():
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     fork_joins = {(r["threads"], r["body_us"], r["gap_us"]) for r in rows if r["name"] == "fork_join"}
     assert fork_joins == {(n, body, gap) for n in (1, 3) for body in (0, 20) for gap in (0, 20, 200, 2000)}
-    assert sum(row["name"] == "job_queue" for row in rows) == 4
+    there, back = ([r for r in rows if r["name"] == name] for name in ("hand_over", "there_and_back"))
+    assert len(there) == len(back) == 4
+    assert all(a["over_us"] <= b["over_us"] for a, b in zip(there, back, strict=True))
     assert [row["threads"] / CPUS for row in rows if row["name"] == "crowded"] == [1, 2, 4, 8]
     assert all(row["over_us"] <= row["p99_us"] and row["calls"] == 20 for row in rows)
     assert all(row["over_us"] > 0 if row["body_us"] == 0 else row["slower"] > 0.99 for row in rows)

@@ -44,6 +44,6 @@ def test_fork_join_takes_at_least_its_longest_task(threads):
     assert len(seconds) == 20 and min(seconds) >= 1e-5
 
 
-def test_job_queue():
-    seconds = probe.job_queue(gap=0.0, calls=50)
-    assert len(seconds) == 50 and min(seconds) > 0
+def test_hand_over():
+    there, back = probe.hand_over(gap=0.0, calls=50)
+    assert len(there) == len(back) == 50 and all(0 < a < b < 1 for a, b in zip(there, back, strict=True))

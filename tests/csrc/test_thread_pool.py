@@ -5,9 +5,9 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from thread_states import others_sleep, states
 
 from hetero_glm5 import _C
 
@@ -106,18 +106,12 @@ def test_a_free_worker_takes_the_tasks_of_a_busy_one():
     assert sorted(done) == list(range(1, 10))
 
 
-def states() -> str:
-    """The scheduler's letter for each other thread of this process: R = runs, S = sleeps."""
-    tasks = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != threading.get_native_id()]
-    return "".join((task / "stat").read_text().rpartition(") ")[2][0] for task in tasks)
-
-
 def test_workers_sleep_and_wake():
     pool = ThreadPool(2)
     for _ in range(5):
         assert pool.sum_tasks(8, 3) == 3 * 28
         time.sleep(0.02)  # far beyond the spin
-    assert "S" in states() and "R" not in states()
+    assert others_sleep()
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two threads do not spin on one CPU")

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from cuda_standin import PatientStream
 from oracle import LATENT_EPS, oracle_logits, random_ids
 from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint
@@ -11,7 +12,9 @@ from tiny import tiny_checkpoint
 from hetero_glm5 import _C
 from hetero_glm5.core import SamplingParams, UserError
 from hetero_glm5.engine.scheduler import Scheduler
+from hetero_glm5.experts.cpu_tier import CpuExperts
 from hetero_glm5.llm import LLM
+from hetero_glm5.weights.quantize import PackedExperts
 
 PROMPTS = [random_ids(30, seed=1), random_ids(5, seed=2), random_ids(61, seed=3)]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -84,12 +87,31 @@ def test_preemption(folder, plain, monkeypatch):
     assert preempted
 
 
-def test_overlapping_tiers(folder, plain):
-    """As with a GPU: the host part is submitted, the device part runs meanwhile."""
+def test_host_experts_on_a_stream(folder, plain, standin):
+    """As with a GPU: the host part is enqueued, the device part runs meanwhile."""
+    stream = PatientStream(standin, most_delay=100)
     flags = {"max_total_tokens": 512, "latent_norm_eps": LATENT_EPS, "kt_num_gpu_experts": 5}
     with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
-        llm.engine.runner.experts.overlap = True
+        llm.engine.runner.experts.stream = lambda device: stream
         assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == plain
+        assert llm.engine.pool._streams.keys() == {stream.handle}
+    stream.destroy()
+
+
+def test_an_error_on_a_stream_ends_the_step(folder, plain, standin):
+    """It is the step's error, not the NaN it leaves, and the next step is not touched by it."""
+    stream = PatientStream(standin)
+    flags = {"max_total_tokens": 512, "latent_norm_eps": LATENT_EPS}
+    with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
+        tiers = llm.engine.runner.experts
+        tiers.stream = lambda device: stream
+        layer, good = next(iter(tiers.host.items()))
+        tiers.host[layer] = CpuExperts(PackedExperts(good.packed.layout, good.packed.num_experts, []), pool=good.pool)
+        with pytest.raises(ValueError, match="which is not resident on this tier"):
+            llm.generate(PROMPTS, GREEDY)
+        tiers.host[layer] = good
+        assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == plain
+    stream.destroy()
 
 
 def test_cache_slots_are_written_before_they_are_read(folder, plain):

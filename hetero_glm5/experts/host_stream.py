@@ -1,0 +1,90 @@
+"""Host experts in the order of a device's stream: the caller enqueues and goes on, as it does with kernels.
+
+A call is copied from the device into a slot's pinned buffers, computed by the host pool when the stream gets there, and
+copied back (csrc/moe/stream_calls.h). `DeviceStream` is what this needs of a stream; `CudaStream` is the real one, and
+tests bring another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hetero_glm5 import _C
+from hetero_glm5.weights.quantize import host_array
+
+ALIGN = 64  # bytes
+
+
+class DeviceStream(Protocol):
+    handle: int  # cudaStream_t
+    library: str  # of the CUDA runtime; empty = the loaded one
+
+    def pinned(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] of host memory that copies may use for as long as they need it."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Enqueues a copy between the stream's device and such memory."""
+
+
+class CudaStream:
+    """The stream that torch enqueues on now."""
+
+    library = ""
+
+    def __init__(self, device: torch.device) -> None:
+        self.handle = torch.cuda.current_stream(device).cuda_stream
+
+    def pinned(self, nbytes: int) -> Tensor:
+        with torch.inference_mode(False):  # it is written in and outside of that mode
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # torch keeps it for its copies
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+
+class HostStream:
+    """The calls of one stream, which one thread enqueues. RuntimeError if there is no CUDA runtime."""
+
+    SLOTS: int = _C.StreamCalls.SLOTS
+
+    def __init__(self, stream: DeviceStream) -> None:
+        self._c = _C.StreamCalls(stream.handle, stream.library)
+        self._memory = [torch.empty(0, dtype=torch.uint8)] * self.SLOTS
+
+    def start(
+        self, stream: DeviceStream, layer: _C.MoeLayer, x: Tensor, ids: Tensor, weights: Tensor
+    ) -> Callable[[], Tensor]:
+        """Returns join() -> y [T, H] float32 on the device; see CpuExperts.start."""
+        ticket = self._c.take()
+        y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        *inputs, output = self._buffers(stream, ticket % self.SLOTS, (x, ids, weights, y))
+        for buffer, source in zip(inputs, (x, ids, weights), strict=True):
+            stream.copy(buffer, source)
+        self._c.submit(ticket, layer, *(host_array("the slot", buffer) for buffer in (*inputs, output)))
+
+        def join() -> Tensor:
+            self._c.wait(ticket)
+            stream.copy(y, output)
+            return y
+
+        return join
+
+    def check(self) -> None:
+        """Raises what a call raised that the stream has passed. After a synchronisation, nothing is left behind."""
+        self._c.check()
+
+    def close(self) -> None:
+        """Waits for the calls and lets go of the layers they used."""
+        self._c.close()
+
+    def _buffers(self, stream: DeviceStream, slot: int, like: tuple[Tensor, ...]) -> list[Tensor]:
+        """Tensors of those shapes and types, one after the other in the slot's memory, which grows by half at least."""
+        sizes = [-(-t.nbytes // ALIGN) * ALIGN for t in like]
+        if sum(sizes) > self._memory[slot].nbytes:
+            self._memory[slot] = stream.pinned(sum(sizes) + sum(sizes) // 2)
+        parts = self._memory[slot][: sum(sizes)].split(sizes)
+        return [part[: t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(parts, like, strict=True)]
