@@ -69,7 +69,7 @@ class ExpertLayout:
         other methods store value * scale, INT8 and INT4 as weights/integers.py says. Releases the GIL.
         ValueError on a wrong shape, dtype or memory layout, and on a weight that an integer format cannot express.
         """
-        parts = dict(gate=gate, up=up, down=down)
+        parts = {"gate": gate, "up": up, "down": down}
         sources = [_host_bytes(name, source) for name, source in parts.items()]
         dtypes = [str(source.dtype).removeprefix("torch.") for source in parts.values()]
         blocks = [host_array(f"{name} scales", part) for name, part in zip(parts, scales or (), strict=bool(scales))]

@@ -15,8 +15,8 @@ SHAPES = [(1, 1), (130, 17), (200, 136)]  # hidden, intermediate
 # fitted to groups of 32.
 WEIGHT_ERROR = {("INT8", 32): 0.0055, ("INT8", 64): 0.0061, ("INT8", 128): 0.0067}
 WEIGHT_ERROR |= {("INT4", 32): 0.0682, ("INT4", 64): 0.0775, ("INT4", 128): 0.0848}
-# How many times that it is, of all other columns, where 0.5 % of the columns are 20 times as large. Without column scales
-# it is 2.9 to 5.1 times in INT8 and 2.1 to 3.5 times in INT4, the more the larger the groups.
+# How many times that it is, of all other columns, where 0.5 % of the columns are 20 times as large. Without column
+# scales it is 2.9 to 5.1 times in INT8 and 2.1 to 3.5 times in INT4, the more the larger the groups.
 OUTLIERS_COST = {"INT8": 1.6, "INT4": 1.3}
 
 
