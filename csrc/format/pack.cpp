@@ -119,7 +119,7 @@ template <class Byte> auto column_scales(const ExpertLayout& layout, Part part, 
   return reinterpret_cast<Scale*>(blob + layout.column_scales(part));
 }
 
-// What the weights of `part` are divided by: a power of two by column, and in `up` multiplied by one by row.
+// What a stored weight of `part` is to be multiplied by: its column's scale; in `up`, over that of down's column `row`.
 class Unscaling {
  public:
   Unscaling(const ExpertLayout& layout, Part part, const uint8_t* blob)

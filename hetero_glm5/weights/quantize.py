@@ -72,8 +72,10 @@ class ExpertLayout:
         parts = {"gate": gate, "up": up, "down": down}
         sources = [_host_bytes(name, source) for name, source in parts.items()]
         dtypes = [str(source.dtype).removeprefix("torch.") for source in parts.values()]
-        blocks = [host_array(f"{name} scales", part) for name, part in zip(parts, scales or (), strict=bool(scales))]
-        _C.pack(self._c, host_array("blob", blob), sources, dtypes, blocks or [None] * 3)
+        blocks: list[np.ndarray | None] = [None] * 3
+        if scales is not None:
+            blocks = [host_array(f"{name} scales", scale) for name, scale in zip(parts, scales, strict=True)]
+        _C.pack(self._c, host_array("blob", blob), sources, dtypes, blocks)
 
     def pack_codes_into(self, blob: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
         """Packs the given gate, up and down [N, K] of INT4 under the linear books, bit for bit: W = (code - 8) * scale.
