@@ -6,9 +6,10 @@
 Each call gets its own random tokens and routing, and the bandwidth and peak probes run before and after it: weights
 are cold and shares are of a roof measured within milliseconds. roofline = max(bytes of the experts touched / bandwidth,
 operations / peak) / time. error = ||y - exact|| / ||exact|| for the first rows, against fp32 of the unquantised
-weights. A peer's bytes are counted as ours. "x best peer" compares shares of the roofline, so that a memory that
-changed its speed between the two does not count; an ISA with another roof is compared by time. Peers other than torch
-run in .venv-peers (`make bench-peers` makes it), one at a time, stopped while a probe runs because some of them spin.
+weights; outliers = the same of two experts in which 0.5 % of each matrix's input columns are 20 times as large. A
+peer's bytes are counted as ours. "x best peer" compares shares of the roofline, so that a memory that changed its
+speed between the two does not count; an ISA with another roof is compared by time. Peers other than torch run in
+.venv-peers (`make bench-peers` makes it), one at a time, stopped while a probe runs because some of them spin.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 import psutil
 import torch
 from harness import GB
-from moe_case import MoeCase
+from moe_case import REFERENCE_ROWS, MoeCase
 from moe_peer import PEERS, TimedLayer, TorchLoop
 from roofline import HEAD, MoeRow, Probe, Sample, instruction_of, plot, print_row
 from shapes import GLM5
@@ -134,12 +135,14 @@ def experts_that_fit(args: argparse.Namespace, method: str) -> int:
     return max(args.topk, min(args.experts, int(psutil.virtual_memory().available * MEMORY_SHARE) // blob))
 
 
-def host_rows(bench: Bench, isas: list[str | None], threads: int) -> Iterator[MoeRow]:
-    packed = packed_experts(bench.case, bench.method)
+def host_rows(bench: Bench, isas: list[str | None], threads: int, outliers: MoeCase) -> Iterator[MoeRow]:
+    packed, few = packed_experts(bench.case, bench.method), packed_experts(outliers, bench.method)
     for isa in isas:
         experts = CpuExperts(packed, threads=threads, isa=isa)
+        error = TimedLayer(outliers, CpuExperts(few, pool=experts.pool)).error(REFERENCE_ROWS)
         layer = TimedLayer(bench.case, experts)
-        yield from bench.rows(experts.isa, layer, instruction_of(bench.method, experts.isa))
+        for row in bench.rows(experts.isa, layer, instruction_of(bench.method, experts.isa)):
+            yield dataclasses.replace(row, outlier_error=error)
         experts.pool.close()
 
 
@@ -174,13 +177,13 @@ def against(row: MoeRow, peers: list[MoeRow]) -> MoeRow:
     return dataclasses.replace(row, ratio=min(peer.seconds for peer in rivals) / row.seconds)
 
 
-def method_rows(bench: Bench, args: argparse.Namespace, threads: int) -> Iterator[MoeRow]:
+def method_rows(bench: Bench, args: argparse.Namespace, threads: int, outliers: MoeCase) -> Iterator[MoeRow]:
     """Peers first, so that our rows can be set against them."""
     peers = []
     for row in peer_rows(bench, args, threads):
         peers.append(row)
         yield row
-    for row in host_rows(bench, args.isa, threads):
+    for row in host_rows(bench, args.isa, threads, outliers):
         yield against(row, peers)
 
 
@@ -223,12 +226,13 @@ def main() -> None:
             f"{args.calls} calls a row, one bandwidth probe {probe('mulps').bandwidth / GB:.1f} GB/s"
         )
     rows = []
+    outliers = MoeCase(args.hidden, args.intermediate, experts=2, topk=2, outliers=True)
     for method in args.methods:
         case = MoeCase(args.hidden, args.intermediate, experts_that_fit(args, method), args.topk)
         bench = Bench(case, method, tuple(int(n) for n in args.tokens), args.calls, probe)
         if not args.json:
             print(f"\n{method}: {case.experts} experts resident\n{HEAD}")
-        for row in method_rows(bench, args, threads):
+        for row in method_rows(bench, args, threads, outliers):
             print_row(row, args.json)
             rows.append(row)
     if args.plot:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 DISTINCT = 4
 SCALE = 0.02  # standard deviation of the weights
+OUTLIER_SHARE, OUTLIER_FACTOR = 0.005, 20  # of input columns, each matrix its own; how many times as large they are
 REFERENCE_ROWS = 4  # rows of draw 0 whose exact result is known
 
 Weights = tuple[Tensor, Tensor, Tensor]  # gate [I, H], up [I, H], down [H, I]
@@ -24,13 +25,14 @@ Weights = tuple[Tensor, Tensor, Tensor]  # gate [I, H], up [I, H], down [H, I]
 
 @dataclasses.dataclass(frozen=True)
 class MoeCase:
-    """hidden (H), intermediate (I), experts (E) and topk of one layer."""
+    """hidden (H), intermediate (I), experts (E) and topk of one layer. outliers: some input columns are large."""
 
     hidden: int
     intermediate: int
     experts: int
     topk: int
     seed: int = 0
+    outliers: bool = False
 
     @cached_property
     def distinct(self) -> list[Weights]:
@@ -44,6 +46,10 @@ class MoeCase:
         generator = torch.Generator().manual_seed(1000 * self.seed + expert)
         shapes = ((self.intermediate, self.hidden),) * 2 + ((self.hidden, self.intermediate),)
         gate, up, down = (torch.randn(shape, generator=generator) * SCALE for shape in shapes)
+        if self.outliers:
+            for matrix in (gate, up, down):
+                columns = torch.randperm(matrix.shape[1], generator=generator)
+                matrix[:, columns[: max(1, round(OUTLIER_SHARE * len(columns)))]] *= OUTLIER_FACTOR
         return gate, up, down
 
     def tokens(self, rows: int, draw: int) -> tuple[Tensor, Tensor, Tensor]:

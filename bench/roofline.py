@@ -19,6 +19,7 @@ from hetero_glm5 import _C
 
 HEAD = (
     f"{'method':<7}{'layer':<14}{'tokens':>6}{'ms':>10}{'GB/s':>7}{'of bw':>7}{'GFLOP/s':>9}{'roofline':>9}{'error':>9}"
+    f"{'outliers':>10}"
 )
 
 
@@ -78,7 +79,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class MoeRow:
-    """Calls of one layer at one number of tokens. error: ||y - exact|| / ||exact||."""
+    """Calls of one layer at one number of tokens. error: ||y - exact|| / ||exact||; outlier_error: of weights with
+    outlier columns, of our rows only."""
 
     method: str
     layer: str  # the ISA that ran, or a peer's name
@@ -86,6 +88,7 @@ class MoeRow:
     instruction: str
     samples: tuple[Sample, ...]
     error: float
+    outlier_error: float | None = None
     ratio: float | None = None  # speed over the best peer's, both as shares of their roofline; of our rows only
 
     def _median(self, values: Iterable[float]) -> float:
@@ -128,6 +131,7 @@ class MoeRow:
             "peak_gop_per_s": self._median(s.peak for s in self.samples) / GB,
             "instruction": self.instruction,
             "error": self.error,
+            "outlier_error": self.outlier_error,
             "of_best_peer": self.ratio,
         }
 
@@ -136,6 +140,7 @@ class MoeRow:
             f"{self.method:<7}{self.layer:<14}{self.tokens:>6}{self.seconds * 1e3:>10.2f}{self.bytes_per_s / GB:>7.1f}"
         )
         text += f"{self.of_bandwidth:>7.0%}{self.ops_per_s / GB:>9.0f}{self.of_roofline:>9.0%}{self.error:>9.4f}"
+        text += f"{'-' if self.outlier_error is None else format(self.outlier_error, '.4f'):>10}"
         return text + (f"  {self.ratio:.2f}x best peer" if self.ratio else "")
 
 

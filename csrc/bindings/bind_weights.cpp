@@ -34,12 +34,11 @@ int part_index(int part) {
   return part;
 }
 
-void pack(const ExpertLayout& layout, py::array& blob, int part, const py::array& source, const std::string& dtype,
-          const std::optional<py::array>& scales) {
-  const char* name = kPartNames[part_index(part)];
+SourceMatrix checked_source(const ExpertLayout& layout, int part, const py::array& source, const std::string& dtype,
+                            const std::optional<py::array>& scales) {
+  const char* name = kPartNames[part];
   const MatrixLayout& m = layout.matrix(static_cast<ExpertLayout::Part>(part));
   const Source from = source_named(dtype);
-  check_array<uint8_t>("blob", blob, {layout.blob_bytes});
   check_array<uint8_t>(name, source, {-1, -1});
   const int64_t rows = source.shape(0), cols = source.shape(1) / source_bytes(from);
   CHECK(rows == m.rows && cols == m.cols, name, " has shape [", rows, ", ", cols, "], must be [", m.rows, ", ", m.cols, "]");
@@ -49,23 +48,33 @@ void pack(const ExpertLayout& layout, py::array& blob, int part, const py::array
     check_array<float>((std::string(name) + " scales").c_str(), *scales, {blocks(m.rows), blocks(m.cols)});
     matrix.scales = static_cast<const float*>(scales->data());
   }
+  return matrix;
+}
+
+void pack(const ExpertLayout& layout, py::array& blob, const Parts<py::array>& sources, const Parts<std::string>& dtypes,
+          const Parts<std::optional<py::array>>& scales) {
+  check_array<uint8_t>("blob", blob, {layout.blob_bytes});
+  Parts<SourceMatrix> from;
+  for (int part = 0; part < 3; part++) from[part] = checked_source(layout, part, sources[part], dtypes[part], scales[part]);
   auto* out = writable<uint8_t>("blob", blob);
   const Quantize quantize = select_kernels(nullptr).formats[static_cast<int>(layout.format)].quantize;
   py::gil_scoped_release release;
-  pack_matrix(layout, static_cast<ExpertLayout::Part>(part), matrix, quantize, out);
+  pack_expert(layout, from, quantize, out);
 }
 
-void pack_given(const ExpertLayout& layout, py::array& blob, int part, const py::array& codes, const py::array& scales) {
-  const std::string name = kPartNames[part_index(part)];
-  const MatrixLayout& m = layout.matrix(static_cast<ExpertLayout::Part>(part));
+void pack_given(const ExpertLayout& layout, py::array& blob, const Parts<py::array>& codes, const Parts<py::array>& scales) {
   check_array<uint8_t>("blob", blob, {layout.blob_bytes});
-  check_array<uint8_t>((name + " codes").c_str(), codes, {m.rows, (m.cols + 7) / 8 * 4});
-  check_array<int16_t>((name + " scales").c_str(), scales, {m.rows, m.scale_cols});
-  const auto* from = static_cast<const uint8_t*>(codes.data());
-  const auto* halves = static_cast<const uint16_t*>(scales.data());
+  Parts<Codes> from;
+  for (int part = 0; part < 3; part++) {
+    const std::string name = kPartNames[part];
+    const MatrixLayout& m = layout.matrix(static_cast<ExpertLayout::Part>(part));
+    check_array<uint8_t>((name + " codes").c_str(), codes[part], {m.rows, (m.cols + 7) / 8 * 4});
+    check_array<int16_t>((name + " scales").c_str(), scales[part], {m.rows, m.scale_cols});
+    from[part] = {static_cast<const uint8_t*>(codes[part].data()), static_cast<const uint16_t*>(scales[part].data())};
+  }
   auto* out = writable<uint8_t>("blob", blob);
   py::gil_scoped_release release;
-  pack_codes(layout, static_cast<ExpertLayout::Part>(part), from, halves, out);
+  pack_codes(layout, from, out);
 }
 
 void dequantize(const ExpertLayout& layout, const py::array& blob, int part, py::array& out) {
@@ -141,10 +150,12 @@ void bind_weights(py::module_& m) {
       .def_readonly("gate", &ExpertLayout::gate)
       .def_readonly("down", &ExpertLayout::down)
       .def_readonly("down_offset", &ExpertLayout::down_offset)
+      .def_readonly("scales_offset", &ExpertLayout::scales_offset)
+      .def_readonly("scales_bytes", &ExpertLayout::scales_bytes)
       .def_readonly("blob_bytes", &ExpertLayout::blob_bytes)
       .def_property_readonly("code_order", &code_order, "where weight k of a row's 4 bytes of a line is stored, by k");
-  m.def("pack", &pack, py::arg("layout"), py::arg("blob"), py::arg("part"), py::arg("source"), py::arg("dtype"), py::arg("scales"));
-  m.def("pack_codes", &pack_given, py::arg("layout"), py::arg("blob"), py::arg("part"), py::arg("codes"), py::arg("scales"));
+  m.def("pack", &pack, py::arg("layout"), py::arg("blob"), py::arg("sources"), py::arg("dtypes"), py::arg("scales"));
+  m.def("pack_codes", &pack_given, py::arg("layout"), py::arg("blob"), py::arg("codes"), py::arg("scales"));
   m.def("dequantize", &dequantize, py::arg("layout"), py::arg("blob"), py::arg("part"), py::arg("out"));
 
   py::class_<ExpertWeights, std::shared_ptr<ExpertWeights>>(m, "ExpertWeights")

@@ -32,7 +32,7 @@ inline constexpr int kTileRows = 2 * kLanes;
 inline constexpr int kLineBytes = 4 * kTileRows;
 inline constexpr int kScaleBlock = 128;   // side of the blocks of an FP8 checkpoint that share a scale
 inline constexpr int kInputBlock = 128;   // activations of a token that share a scale in integer formats
-inline constexpr int kLayoutVersion = 1;  // of everything in format/; packed files carry it
+inline constexpr int kLayoutVersion = 2;  // of everything in format/; packed files carry it
 
 template <class F> concept IntegerFormat = requires { F::hidden_parts; };
 

@@ -75,7 +75,9 @@ ExpertLayout::ExpertLayout(Format format, int64_t hidden, int64_t intermediate, 
       gate(format, intermediate, hidden, checked_quantization(format, group, this->book), 1),
       down(format, hidden, intermediate, gate.quantization, hidden_parts(format)),
       down_offset(2 * gate.tiles * gate.tile_bytes),
-      blob_bytes(round_up(down_offset + down.tiles * down.tile_bytes, kBlobAlign)),
+      scales_offset(down_offset + down.tiles * down.tile_bytes),
+      scales_bytes(gate.quantization.group ? (hidden + intermediate) * sizeof(uint16_t) : 0),
+      blob_bytes(round_up(scales_offset + scales_bytes, kBlobAlign)),
       hidden_block(gate.quantization.group ? kInputBlock : kTileRows) {}
 
 const char* format_name(Format format) {

@@ -1,16 +1,21 @@
 #include "format/pack.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
 #include "base/check.h"
+#include "base/bf16.h"
 #include "base/fp16.h"
+#include "format/column_scales.h"
 #include "format/formats.h"
 
 namespace hetero {
 namespace {
+
+using Part = ExpertLayout::Part;
 
 struct SourceF32 {
   using Code = float;
@@ -38,16 +43,22 @@ template <class Visit> void with_source(Source source, Visit&& visit) {
   }
 }
 
+template <class S> float weight_at(const SourceMatrix& from, int64_t cols, int64_t row, int64_t col) {
+  const float value = S::decode(static_cast<const typename S::Code*>(from.data)[row * cols + col]);
+  if constexpr (!std::is_same_v<S, SourceE4m3>) return value;
+  else return value * from.scales[row / kScaleBlock * ((cols + kScaleBlock - 1) / kScaleBlock) + col / kScaleBlock];
+}
+
 constexpr int64_t kPackLines = 64;  // lines packed at a time, so that a tile's strided writes stay in L1
 
 template <class F, class S> class Packer {
  public:
-  Packer(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from)
+  Packer(const ExpertLayout& layout, Part part, const SourceMatrix& from)
       : layout_(layout),
         part_(part),
         m_(layout.matrix(part)),
-        codes_(static_cast<const Code*>(from.data)),
-        scales_(from.scales) {}
+        from_(from),
+        codes_(static_cast<const Code*>(from.data)) {}
 
   void pack(uint8_t* blob) const {
     for (int64_t t = 0; t < m_.tiles; t++) {
@@ -58,7 +69,7 @@ template <class F, class S> class Packer {
         for (int64_t r = 0; r < rows; r++) pack_row(row + r, line, std::min(m_.lines, line + kPackLines), tile + r * 4);
       std::memset(tile + m_.scale_offset, 0, m_.tile_bytes - m_.scale_offset);
       if constexpr (F::scale_block != 0)
-        std::memcpy(tile + m_.scale_offset, scales_ + row / kScaleBlock * scale_cols_, scale_cols_ * sizeof(float));
+        std::memcpy(tile + m_.scale_offset, from_.scales + row / kScaleBlock * m_.scale_cols, m_.scale_cols * sizeof(float));
     }
   }
 
@@ -81,21 +92,15 @@ template <class F, class S> class Packer {
   }
 
   typename F::Code convert(Code code, int64_t row, int64_t col) const {
-    if constexpr (kKeepsCodes) {
-      return code;
-    } else {
-      float value = S::decode(code);
-      if constexpr (std::is_same_v<S, SourceE4m3>) value *= scales_[row / kScaleBlock * scale_cols_ + col / kScaleBlock];
-      return F::encode(value);
-    }
+    if constexpr (kKeepsCodes) return code;
+    else return F::encode(weight_at<S>(from_, m_.cols, row, col));
   }
 
   const ExpertLayout& layout_;
-  const ExpertLayout::Part part_;
+  const Part part_;
   const MatrixLayout& m_;
+  const SourceMatrix& from_;
   const Code* codes_;
-  const float* scales_;
-  const int64_t scale_cols_ = (m_.cols + kScaleBlock - 1) / kScaleBlock;
 };
 
 // 16 rows of an integer format's tile, from row `lane` on. codes: [column][16], padding included; scales: [group][16].
@@ -108,12 +113,52 @@ template <class F> void place_rows(const MatrixLayout& m, const uint8_t* codes, 
   for (int64_t g = 0; g < m.scale_cols; g++) std::copy_n(scales + g * kLanes, kLanes, to + g * kTileRows);
 }
 
+// The bf16 scales of the columns of `part`, in its blob.
+template <class Byte> auto column_scales(const ExpertLayout& layout, Part part, Byte* blob) {
+  using Scale = std::conditional_t<std::is_const_v<Byte>, const uint16_t, uint16_t>;
+  return reinterpret_cast<Scale*>(blob + layout.column_scales(part));
+}
+
+// What a stored weight of `part` is to be multiplied by: its column's scale; in `up`, over that of down's column `row`.
+class Unscaling {
+ public:
+  Unscaling(const ExpertLayout& layout, Part part, const uint8_t* blob)
+      : columns_(column_scales(layout, part, blob)),
+        rows_(part == Part::kUp ? column_scales(layout, Part::kDown, blob) : nullptr) {}
+  float at(int64_t row, int64_t col) const {
+    const float column = bf16_to_float(columns_[col]);
+    return rows_ == nullptr ? column : column / bf16_to_float(rows_[row]);
+  }
+
+ private:
+  const uint16_t *columns_, *rows_;
+};
+
+template <class S> Squares squares(const MatrixLayout& m, const SourceMatrix& from, const char* format) {
+  Squares sums{std::vector<double>(m.rows), std::vector<double>(m.cols)};
+  for (int64_t row = 0; row < m.rows; row++) {
+    double sum = 0;
+    for (int64_t k = 0; k < m.cols; k++) {
+      const double weight = weight_at<S>(from, m.cols, row, k);
+      sums.column[k] += weight * weight;
+      sum += weight * weight;
+    }
+    CHECK(std::isfinite(sum), "row ", row, " of a matrix holds a weight that is NaN or infinite; ", format, " cannot express it");
+    sums.row[row] = sum;
+  }
+  return sums;
+}
+
+void store_scales(const std::vector<int>& exponents, uint16_t* scales) {
+  for (const int e : exponents) *scales++ = static_cast<uint16_t>((127 + e) << 7);
+}
+
 // 16 rows as floats, [column][16] with zeros for padding, then quantised, then put in their places.
-template <class F, class S> void pack_quantized(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from,
+template <class F, class S> void pack_quantized(const ExpertLayout& layout, Part part, const SourceMatrix& from,
                                                 Quantize quantize, uint8_t* blob) {
   const MatrixLayout& m = layout.matrix(part);
-  const int64_t padded = m.scale_cols * m.quantization.group, scale_cols = (m.cols + kScaleBlock - 1) / kScaleBlock;
-  const auto* source = static_cast<const typename S::Code*>(from.data);
+  const int64_t padded = m.scale_cols * m.quantization.group;
+  const Unscaling scale(layout, part, blob);
   std::vector<float> weights(padded * kLanes);
   std::vector<uint8_t> codes(padded * kLanes);
   std::vector<uint16_t> scales(m.scale_cols * kLanes);
@@ -121,23 +166,15 @@ template <class F, class S> void pack_quantized(const ExpertLayout& layout, Expe
     uint8_t* tile = blob + layout.first_tile(part) + first / kTileRows * layout.tile_stride(part);
     const int64_t rows = std::clamp<int64_t>(m.rows - first, 0, kLanes);
     std::fill(weights.begin(), weights.end(), 0.f);
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t row = first + r;
-      float poison = 0;
-      for (int64_t k = 0; k < m.cols; k++) {
-        float value = S::decode(source[row * m.cols + k]);
-        if constexpr (std::is_same_v<S, SourceE4m3>) value *= from.scales[row / kScaleBlock * scale_cols + k / kScaleBlock];
-        weights[k * kLanes + r] = value;
-        poison += value * 0;
-      }
-      CHECK(poison == 0, "row ", row, " of a matrix holds a weight that is NaN or infinite; ", F::name, " cannot express it");
-    }
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t k = 0; k < m.cols; k++)
+        weights[k * kLanes + r] = weight_at<S>(from, m.cols, first + r, k) / scale.at(first + r, k);
     quantize({weights.data(), m.scale_cols, m.quantization.group, m.quantization.books, codes.data(), scales.data()});
     place_rows<F>(m, codes.data(), scales.data(), first % kTileRows, tile);
   }
 }
 
-template <class F> void dequantize(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* blob, float* out) {
+template <class F> void dequantize(const ExpertLayout& layout, Part part, const uint8_t* blob, float* out) {
   const MatrixLayout& m = layout.matrix(part);
   for (int64_t row = 0; row < m.rows; row++) {
     const int64_t r = row % kTileRows;
@@ -149,7 +186,7 @@ template <class F> void dequantize(const ExpertLayout& layout, ExpertLayout::Par
       if constexpr (IntegerFormat<F>) {
         uint16_t scale;
         std::memcpy(&scale, tile + m.scale_offset + (col / m.quantization.group * kTileRows + r) * sizeof scale, sizeof scale);
-        value = F::weight(quad, k, scale, m.quantization.books);
+        value = F::weight(quad, k, scale, m.quantization.books) * Unscaling(layout, part, blob).at(row, col);
       } else {
         typename F::Code code;
         std::memcpy(&code, quad + F::place(k) * sizeof code, sizeof code);
@@ -160,6 +197,28 @@ template <class F> void dequantize(const ExpertLayout& layout, ExpertLayout::Par
       }
     }
   }
+}
+
+void place_codes(const ExpertLayout& layout, Part part, const Codes& from, uint8_t* blob) {
+  const MatrixLayout& m = layout.matrix(part);
+  const int64_t row_bytes = (m.cols + 7) / 8 * 4;
+  std::vector<uint8_t> columns(m.lines * Int4::line_k * kLanes);
+  std::vector<uint16_t> group_scales(m.scale_cols * kLanes);
+  for (int64_t first = 0; first < m.tiles * kTileRows; first += kLanes) {
+    uint8_t* tile = blob + layout.first_tile(part) + first / kTileRows * layout.tile_stride(part);
+    std::fill(columns.begin(), columns.end(), 8);  // weight 0
+    std::fill(group_scales.begin(), group_scales.end(), 0);
+    for (int64_t r = 0; r < std::clamp<int64_t>(m.rows - first, 0, kLanes); r++) {
+      const uint8_t* row = from.codes + (first + r) * row_bytes;
+      for (int64_t k = 0; k < m.cols; k++) columns[k * kLanes + r] = row[k / 2] >> (k % 2 * 4) & 15;
+      for (int64_t g = 0; g < m.scale_cols; g++) group_scales[g * kLanes + r] = from.scales[(first + r) * m.scale_cols + g];
+    }
+    place_rows<Int4>(m, columns.data(), group_scales.data(), first % kTileRows, tile);
+  }
+}
+
+template <class Visit> void each_part(Visit visit) {
+  for (const Part part : {Part::kGate, Part::kUp, Part::kDown}) visit(part);
 }
 
 }  // namespace
@@ -174,44 +233,46 @@ Source source_named(const std::string& dtype) {
 
 int64_t source_bytes(Source source) { return source == Source::f32 ? 4 : source == Source::e4m3 ? 1 : 2; }
 
-void pack_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from, Quantize quantize, uint8_t* blob) {
-  CHECK((from.dtype == Source::e4m3) == (from.scales != nullptr),
-        "float8_e4m3fn weights need their fp32 block scales, other dtypes have none");
+void pack_expert(const ExpertLayout& layout, const Parts<SourceMatrix>& from, Quantize quantize, uint8_t* blob) {
+  for (const SourceMatrix& matrix : from)
+    CHECK((matrix.dtype == Source::e4m3) == (matrix.scales != nullptr),
+          "float8_e4m3fn weights need their fp32 block scales, other dtypes have none");
+  std::memset(blob + layout.scales_offset, 0, layout.blob_bytes - layout.scales_offset);
   with_format(layout.format, [&](auto format) {
-    with_source(from.dtype, [&](auto source) {
-      using F = decltype(format);
-      using S = decltype(source);
-      if constexpr (IntegerFormat<F>)
-        pack_quantized<F, S>(layout, part, from, quantize, blob);
-      else if constexpr (F::scale_block != 0 && !std::is_same_v<S, SourceE4m3>)
-        refuse("the ", F::name, " layout packs float8_e4m3fn weights with scales; quantise the others first (pack_experts does)");
-      else
-        Packer<F, S>(layout, part, from).pack(blob);
+    using F = decltype(format);
+    if constexpr (IntegerFormat<F>) {
+      Parts<Squares> sums;
+      each_part([&](Part part) {
+        with_source(from[part].dtype, [&](auto source) { sums[part] = squares<decltype(source)>(layout.matrix(part), from[part], F::name); });
+      });
+      const ColumnExponents exponents = choose_exponents(sums[Part::kGate], sums[Part::kUp], sums[Part::kDown]);
+      store_scales(exponents.input, column_scales(layout, Part::kGate, blob));
+      store_scales(exponents.hidden, column_scales(layout, Part::kDown, blob));
+    }
+    each_part([&](Part part) {
+      with_source(from[part].dtype, [&](auto source) {
+        using S = decltype(source);
+        if constexpr (IntegerFormat<F>)
+          pack_quantized<F, S>(layout, part, from[part], quantize, blob);
+        else if constexpr (F::scale_block != 0 && !std::is_same_v<S, SourceE4m3>)
+          refuse("the ", F::name, " layout packs float8_e4m3fn weights with scales; quantise the others first (pack_experts does)");
+        else
+          Packer<F, S>(layout, part, from[part]).pack(blob);
+      });
     });
   });
 }
 
-void pack_codes(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* codes, const uint16_t* scales, uint8_t* blob) {
+void pack_codes(const ExpertLayout& layout, const Parts<Codes>& from, uint8_t* blob) {
   CHECK(layout.book == "linear", "codes of ", format_name(layout.format), layout.book.empty() ? "" : " in " + layout.book,
         " cannot be packed as they are; those of INT4 under the linear books can");
-  const MatrixLayout& m = layout.matrix(part);
-  const int64_t row_bytes = (m.cols + 7) / 8 * 4;
-  std::vector<uint8_t> columns(m.lines * Int4::line_k * kLanes);
-  std::vector<uint16_t> group_scales(m.scale_cols * kLanes);
-  for (int64_t first = 0; first < m.tiles * kTileRows; first += kLanes) {
-    uint8_t* tile = blob + layout.first_tile(part) + first / kTileRows * layout.tile_stride(part);
-    std::fill(columns.begin(), columns.end(), 8);  // weight 0
-    std::fill(group_scales.begin(), group_scales.end(), 0);
-    for (int64_t r = 0; r < std::clamp<int64_t>(m.rows - first, 0, kLanes); r++) {
-      const uint8_t* row = codes + (first + r) * row_bytes;
-      for (int64_t k = 0; k < m.cols; k++) columns[k * kLanes + r] = row[k / 2] >> (k % 2 * 4) & 15;
-      for (int64_t g = 0; g < m.scale_cols; g++) group_scales[g * kLanes + r] = scales[(first + r) * m.scale_cols + g];
-    }
-    place_rows<Int4>(m, columns.data(), group_scales.data(), first % kTileRows, tile);
-  }
+  each_part([&](Part part) { place_codes(layout, part, from[part], blob); });
+  std::memset(blob + layout.scales_offset, 0, layout.blob_bytes - layout.scales_offset);
+  store_scales(std::vector<int>(layout.hidden), column_scales(layout, Part::kGate, blob));
+  store_scales(std::vector<int>(layout.intermediate), column_scales(layout, Part::kDown, blob));
 }
 
-void dequantize_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* blob, float* out) {
+void dequantize_matrix(const ExpertLayout& layout, Part part, const uint8_t* blob, float* out) {
   with_format(layout.format, [&](auto f) { dequantize<decltype(f)>(layout, part, blob, out); });
 }
 

@@ -2,6 +2,7 @@
 // a full-size temporary: float and half sources round to the format; an E4M3 source keeps its codes and scales in FP8 and is
 // upcast (value * scale, fp32, then rounded or quantised) otherwise. Single-threaded; callers pack several experts at once.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <string>
 
@@ -20,12 +21,18 @@ struct SourceMatrix {
   const float* scales;  // [ceil(rows/128), ceil(cols/128)], only and always for e4m3
 };
 
-// Writes every byte of part's tiles; padding is zero. `quantize`: that of an integer format, from the kernel table.
-void pack_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const SourceMatrix& from, Quantize quantize, uint8_t* blob);
-// As pack_matrix, for INT4 under the linear books, with codes and fp16 scales that are given. codes: [rows, ceil(cols/8) * 4],
-// two a byte, the first in the low bits; scales: [rows, ceil(cols/group)].
-void pack_codes(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* codes, const uint16_t* scales, uint8_t* blob);
-// out: [rows, cols] of that part.
+struct Codes {  // INT4 as a checkpoint has it
+  const uint8_t* codes;    // [rows, ceil(cols/8) * 4], two a byte, the first in the low bits
+  const uint16_t* scales;  // fp16 [rows, ceil(cols/group)]
+};
+
+template <class T> using Parts = std::array<T, 3>;  // gate, up, down
+
+// Writes every byte of the blob; padding is zero. `quantize`: that of an integer format, from the kernel table.
+void pack_expert(const ExpertLayout& layout, const Parts<SourceMatrix>& from, Quantize quantize, uint8_t* blob);
+// As pack_expert, for INT4 under the linear books, with given codes and scales, kept bit for bit: all column scales are 1.
+void pack_codes(const ExpertLayout& layout, const Parts<Codes>& from, uint8_t* blob);
+// out: [rows, cols] of that part, as it was before its columns were scaled.
 void dequantize_matrix(const ExpertLayout& layout, ExpertLayout::Part part, const uint8_t* blob, float* out);
 
 }  // namespace hetero

@@ -65,7 +65,8 @@ template <IntegerFormat F> void pack_int8_chunks(const PackArgs& args) {
       block.cols = a.end - k < kInputBlock ? a.end - k : kInputBlock;
       block.scale_cols = (block.cols + group - 1) / group;
       const auto* row = static_cast<const uint8_t*>(a.x) + (x + k - a.begin) * (a.x_is_bf16 ? 2 : 4);
-      pack_int8<F>({row, a.x_is_bf16, nullptr, 1, 0, 0, block.cols, &block, packed});
+      const uint16_t* scales = a.scales == nullptr ? nullptr : a.scales + k;
+      pack_int8<F>({row, a.x_is_bf16, nullptr, 1, 0, 0, block.cols, scales, &block, packed});
 
       const InputPlace from = input_place<F>(packed, block, 1), to = input_place<F>(out, m, width).at(m, k / group, width);
       for (int64_t n = 0; n < block.scale_cols * m.parts; n++) {

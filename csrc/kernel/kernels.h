@@ -17,6 +17,7 @@ struct PackArgs {  // columns [begin, end) of some rows of x -> their place in p
   int rows;
   int64_t stride;          // of x, in elements
   int64_t begin, end;      // begin: a multiple of the format's block; end: too, or the last column
+  const uint16_t* scales;  // by which columns 0, 1, ... are multiplied, bf16 powers of two; null: 1. Integer formats only
   const MatrixLayout* layout;  // of the matrix whose inputs they are
   uint32_t* out;           // the packed rows; zeros follow the last column
 };

@@ -76,12 +76,13 @@ struct QuantizedBlock {  // of one row
   I32 values[kInputBlock / 16];
 };
 
-// The `count` values from `at` on, zeros after them.
+// The `count` values from `at` on, up to column a.end, zeros after them; each times the scale of its column.
 inline void quantize_block(const PackArgs& a, int64_t at, int64_t count, QuantizedBlock& q) {
   constexpr int kVectors = kInputBlock / 16;
   F32 x[kVectors], most = set1(0), poison = set1(0);
   for (int v = 0; v < kVectors; v++) {
     x[v] = load_some(a.x, a.x_is_bf16, at + v * 16, count - v * 16);
+    if (a.scales != nullptr) x[v] = mul(x[v], load_some(a.scales, true, a.end - count + v * 16, count - v * 16));
     most = max(abs(x[v]), most);
     poison = fma(x[v], set1(0), poison);
   }

@@ -42,9 +42,10 @@ ExpertWeights::ExpertWeights(const ExpertLayout& layout, int experts, const std:
     const TileRange pairs = TileRange{0, layout.gate.tiles}.part(s, count, pairs_unit());
     const TileRange down = TileRange{0, layout.down.tiles}.part(s, count, 1);
     const int64_t down_offset = pairs.size() * layout.tile_stride(Layout::kGate);
-    const int64_t used = down_offset + down.size() * layout.tile_stride(Layout::kDown);
-    const int64_t bytes = (used + kBlobAlign - 1) / kBlobAlign * kBlobAlign;
-    shards_.push_back({pairs, down, down_offset, bytes, Arena(slots * bytes, nodes.empty() ? all_nodes() : std::vector{nodes[s]})});
+    const int64_t scales_offset = down_offset + down.size() * layout.tile_stride(Layout::kDown);
+    const int64_t bytes = (scales_offset + layout.scales_bytes + kBlobAlign - 1) / kBlobAlign * kBlobAlign;
+    shards_.push_back({pairs, down, down_offset, scales_offset, bytes,
+                       Arena(slots * bytes, nodes.empty() ? all_nodes() : std::vector{nodes[s]})});
   }
 }
 
@@ -59,6 +60,7 @@ template <class Copy> void ExpertWeights::for_each_range(int expert, Copy&& copy
     uint8_t* memory = start(shard, expert);
     copy(memory, shard.pairs.begin * pair, shard.down_offset);
     copy(memory + shard.down_offset, layout_.down_offset + shard.down.begin * down, shard.down.size() * down);
+    copy(memory + shard.scales_offset, layout_.scales_offset, layout_.scales_bytes);
   }
 }
 

@@ -19,11 +19,11 @@ struct TileRange {
   TileRange part(int64_t i, int64_t n, int64_t unit) const;
 };
 
-// An expert's bytes here: its pairs of gate and up tiles and then its down tiles, as in the blob, up to a multiple of 4096
-// bytes. An only shard is the blob.
+// An expert's bytes here: its pairs of gate and up tiles, its down tiles and all column scales, as in the blob, up to a
+// multiple of 4096 bytes. An only shard is the blob.
 struct Shard {
   TileRange pairs, down;
-  int64_t down_offset, bytes;  // of one expert
+  int64_t down_offset, scales_offset, bytes;  // of one expert
   Arena memory;
 };
 
@@ -44,6 +44,11 @@ class ExpertWeights {
   }
   const uint8_t* down(const Shard& shard, int expert, int64_t t) const {
     return start(shard, expert) + shard.down_offset + (t - shard.down.begin) * layout_.tile_stride(ExpertLayout::kDown);
+  }
+
+  // Of the inputs of gate and up, bf16; null where columns have no scales.
+  const uint16_t* column_scales(const Shard& shard, int expert) const {
+    return layout_.scales_bytes == 0 ? nullptr : reinterpret_cast<const uint16_t*>(start(shard, expert) + shard.scales_offset);
   }
 
   // Copies a whole expert; these and blob() throw if it is not resident.

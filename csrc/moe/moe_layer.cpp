@@ -60,7 +60,8 @@ void MoeLayer::gate_up(const MoeCall& call, const FormatKernels& kernels) const 
     WorkerScratch& scratch = pool_->workers[worker];
     uint32_t* x = scratch.activations.data();
     if (scratch.packed_panel != p)
-      kernels.pack({call.x, call.x_is_bf16, groups.tokens(panel), panel.rows, m.cols, 0, m.cols, &m, x});
+      kernels.pack({call.x, call.x_is_bf16, groups.tokens(panel), panel.rows, m.cols, 0, m.cols,
+                    weights_->column_scales(shard, panel.expert), &m, x});
     scratch.packed_panel = p;
 
     float *gate = scratch.sums.data(), *up = gate + panel.rows * kTileRows;
@@ -76,7 +77,7 @@ void MoeLayer::gate_up(const MoeCall& call, const FormatKernels& kernels) const 
       pool_->kernels.silu_mul({gate, up, panel.rows, products + t % unit * kTileRows, layout.hidden_block});
       if ((t + 1) % unit != 0 && t + 1 != tiles.end) continue;
       const int64_t begin = t / unit * layout.hidden_block, end = std::min(begin + layout.hidden_block, m.rows);
-      kernels.pack({products, false, nullptr, panel.rows, layout.hidden_block, begin, end, &layout.down, hidden});
+      kernels.pack({products, false, nullptr, panel.rows, layout.hidden_block, begin, end, nullptr, &layout.down, hidden});
     }
   });
 }

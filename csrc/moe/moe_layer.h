@@ -9,7 +9,7 @@
 // tasks for each shard of the weights, one shard after the other: a pool with a group of threads for each shard's node then
 // begins with tasks whose weights are near. A panel's hidden rows are written and read by all.
 //
-// x is converted to the format's activation type inside job 1, once per worker and panel.
+// x is converted to the format's activation type, times the expert's column scales, inside job 1, once per worker and panel.
 #pragma once
 #include <cstdint>
 #include <memory>

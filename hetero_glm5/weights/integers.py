@@ -1,4 +1,5 @@
-"""The quantisers of INT8 and INT4 in torch: bit for bit the codes and scales of packing (csrc/kernel/quantize.h).
+"""The quantisers of INT8 and INT4 in torch: bit for bit the codes and scales of packing (csrc/kernel/quantize.h), and
+the column scales that weights are divided by first.
 
 A group is `group` neighbouring columns of a row. K need not be a multiple of it: the last group is then smaller.
 """
@@ -13,6 +14,23 @@ from torch import Tensor
 from hetero_glm5 import _C
 
 _HALF_MAX = 65504.0  # largest fp16 value
+_MOST_EXPONENT = 6
+
+
+def column_scales(gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """[I, H], [I, H], [H, I] float -> float32 powers of two [H], [I]: the column scales of csrc/format/column_scales.h.
+
+    Quantised are gate / [H], up / [H] * [I, 1] and down / [I].
+    """
+    inputs = _balance(_row_sum(gate) + _row_sum(up))
+    up_rows = _row_sum(up.t())
+    rows = _row_sum(gate.t()) * up_rows
+    hidden = _balance(torch.where(rows == 0, 0, _row_sum(down) / rows))
+    for _ in range(_MOST_EXPONENT):
+        moved = torch.ldexp(up_rows, 2 * hidden)
+        hidden += ((hidden < 0) & (moved < up.shape[1] * 2**-14)).to(hidden.dtype)
+        hidden -= ((hidden > 0) & (moved > _HALF_MAX**2)).to(hidden.dtype)
+    return torch.exp2(inputs.float()), torch.exp2(hidden.float())
 
 
 def quantize_int8(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -49,6 +67,21 @@ def quantize_int4(weight: Tensor, group: int, books: Sequence[int]) -> tuple[Ten
     scales = _scale_with_book(best[1], best[2].short())
     codes = _nearest(columns * (1 / scales.float()), own)
     return codes.to(torch.uint8).permute(1, 2, 0).reshape(len(weight), -1)[:, : weight.shape[1]], scales
+
+
+def _row_sum(weight: Tensor) -> Tensor:
+    """float64 [K]: the squares of the rows of [N, K], added up one row after the other."""
+    total = torch.zeros(weight.shape[1], dtype=torch.float64)
+    for row in weight.double():
+        total += row * row
+    return total
+
+
+def _balance(squares: Tensor) -> Tensor:
+    """round(log2(square / median) / 4) within +-_MOST_EXPONENT, int32; 0 where either is 0."""
+    ratio = squares / squares.median()
+    above = torch.frexp(torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)).exponent  # floor(log2) + 1
+    return ((above + 1) >> 2).clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
 
 
 def _columns(weight: Tensor, group: int) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -70,13 +69,13 @@ class ExpertLayout:
         other methods store value * scale, INT8 and INT4 as weights/integers.py says. Releases the GIL.
         ValueError on a wrong shape, dtype or memory layout, and on a weight that an integer format cannot express.
         """
-        target = host_array("blob", blob)
-        names = ("gate", "up", "down")
-        for part, (name, source) in enumerate(zip(names, (gate, up, down), strict=True)):
-            scale = None if scales is None else host_array(f"{name} scales", scales[part])
-            dtype = str(source.dtype).removeprefix("torch.")
-            _C.pack(self._c, target, part, _host_bytes(name, source), dtype, scale)
-        target[self._end :] = 0
+        parts = {"gate": gate, "up": up, "down": down}
+        sources = [_host_bytes(name, source) for name, source in parts.items()]
+        dtypes = [str(source.dtype).removeprefix("torch.") for source in parts.values()]
+        blocks: list[np.ndarray | None] = [None] * 3
+        if scales is not None:
+            blocks = [host_array(f"{name} scales", scale) for name, scale in zip(parts, scales, strict=True)]
+        _C.pack(self._c, host_array("blob", blob), sources, dtypes, blocks)
 
     def pack_codes_into(self, blob: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
         """Packs the given gate, up and down [N, K] of INT4 under the linear books, bit for bit: W = (code - 8) * scale.
@@ -84,11 +83,9 @@ class ExpertLayout:
         codes: uint8 [N, ceil(K/8) * 4] each, two a byte, the first in the low bits; scales: float16
         [N, ceil(K/group)] each, finite. Releases the GIL. ValueError on another layout, shape or dtype.
         """
-        target = host_array("blob", blob)
-        for part, (code, half) in enumerate(zip(codes, scales, strict=True)):
-            bits = host_array("scales", half.view(torch.int16))
-            _C.pack_codes(self._c, target, part, host_array("codes", code), bits)
-        target[self._end :] = 0
+        arrays = [host_array("codes", code) for code in codes]
+        bits = [host_array("scales", half.view(torch.int16)) for half in scales]
+        _C.pack_codes(self._c, host_array("blob", blob), arrays, bits)
 
     def unpack(self, blob: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """blob uint8 [blob_bytes], any device -> gate [I, H], up [I, H], down [H, I] of that dtype, there.
@@ -97,20 +94,24 @@ class ExpertLayout:
         """
         gate_up, down = self._c.gate, self._c.down
         pairs = blob[: self._c.down_offset].view(gate_up.tiles, 2, gate_up.tile_bytes)
-        tiles = blob[self._c.down_offset : self._end].view(down.tiles, down.tile_bytes)
+        tiles = blob[self._c.down_offset : self._c.scales_offset].view(down.tiles, down.tile_bytes)
+        if not self.group:
+            parts = ((gate_up, pairs[:, _GATE]), (gate_up, pairs[:, _UP]), (down, tiles))
+            return tuple(self._unpack_floats(m, part, dtype) for m, part in parts)
+        inputs, hidden = self.column_scales(blob)
         return (
-            self._unpack_matrix(gate_up, pairs[:, _GATE], dtype),
-            self._unpack_matrix(gate_up, pairs[:, _UP], dtype),
-            self._unpack_matrix(down, tiles, dtype),
+            self._unpack_integers(gate_up, pairs[:, _GATE]).mul_(inputs).to(dtype),
+            self._unpack_integers(gate_up, pairs[:, _UP]).mul_(inputs).div_(hidden[:, None]).to(dtype),
+            self._unpack_integers(down, tiles).mul_(hidden).to(dtype),
         )
 
-    @cached_property
-    def _end(self) -> int:
-        return self._c.down_offset + self._c.down.tiles * self._c.down.tile_bytes
+    def column_scales(self, blob: Tensor) -> tuple[Tensor, Tensor]:
+        """Of an integer format's blob: float32 powers of two [H] and [I], by which the stored columns of gate and up,
+        and of down, are to be multiplied; up's stored rows are to be divided by the latter."""
+        scales = blob[self._c.scales_offset :][: self._c.scales_bytes].view(torch.bfloat16).float()
+        return scales[: self.hidden], scales[self.hidden :]
 
-    def _unpack_matrix(self, m: _C.MatrixLayout, tiles: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.group:
-            return self._unpack_integers(m, tiles, dtype)
+    def _unpack_floats(self, m: _C.MatrixLayout, tiles: Tensor, dtype: torch.dtype) -> Tensor:
         order = self._c.code_order
         lines = tiles[:, : m.scale_offset].reshape(m.tiles, m.lines, _C.TILE_ROWS, 4).view(_CODES[self.method])
         codes = torch.stack([lines[..., place] for place in order], dim=-1)  # [tiles, lines, 32, line_k]
@@ -121,7 +122,7 @@ class ExpertLayout:
         scales = scales.repeat_interleave(_C.TILE_ROWS, 0).repeat_interleave(_C.FP8_BLOCK, 1)
         return (rows.float() * scales[: m.rows, : m.cols]).to(dtype)
 
-    def _unpack_integers(self, m: _C.MatrixLayout, tiles: Tensor, dtype: torch.dtype) -> Tensor:
+    def _unpack_integers(self, m: _C.MatrixLayout, tiles: Tensor) -> Tensor:
         codes = tiles[:, : m.scale_offset].reshape(m.tiles, m.lines, _C.TILE_ROWS, 4).transpose(1, 2)
         scales = tiles[:, m.scale_offset :].contiguous().view(torch.float16)[:, : m.scale_cols * _C.TILE_ROWS]
         scales = scales.reshape(m.tiles, m.scale_cols, _C.TILE_ROWS).transpose(1, 2)  # [tiles, 32, groups]
@@ -132,7 +133,7 @@ class ExpertLayout:
             values = torch.tensor(self._c.books, dtype=torch.float32, device=tiles.device)[entry]
         else:
             values = codes.reshape(m.tiles, _C.TILE_ROWS, m.scale_cols, self.group).float() - 128
-        weights = (values * scales.float()[..., None]).to(dtype)
+        weights = values * scales.float()[..., None]
         return weights.reshape(m.tiles * _C.TILE_ROWS, -1)[: m.rows, : m.cols]
 
 

@@ -42,6 +42,7 @@ def test_figures_are_consistent():
         for positive in ("ms", "gb_per_s", "gflop_per_s", "of_bandwidth", "bandwidth_gb_per_s", "peak_gop_per_s"):
             assert row[positive] > 0
         assert row["of_roofline"] > 0.999 * row["of_bandwidth"]
+        assert row["layer"] == "torch" or 0 < row["outlier_error"] < BOUND[row["method"]]
         has_peer = row["method"] in ("FP32", "BF16") and row["layer"] != "torch"
         assert (row["of_best_peer"] is not None) == has_peer
 

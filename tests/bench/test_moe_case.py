@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from moe_case import DISTINCT, REFERENCE_ROWS, MoeCase
+from moe_case import DISTINCT, OUTLIER_FACTOR, REFERENCE_ROWS, MoeCase
 
 CASE = MoeCase(hidden=128, intermediate=64, experts=12, topk=3, seed=5)
 
@@ -32,3 +32,14 @@ def test_error_is_relative():
     assert CASE.error(CASE.reference) == 0
     assert abs(CASE.error(1.5 * CASE.reference) - 0.5) < 1e-5
     assert abs(CASE.error(torch.zeros(1, 128)) - 1) < 1e-6
+
+
+def test_outlier_columns_are_each_matrixs_own():
+    outliers = MoeCase(512, 400, 2, 1, seed=5, outliers=True)
+    plain = MoeCase(512, 400, 2, 1, seed=5)
+    columns = []
+    for large, weight in zip(outliers.distinct[0], plain.distinct[0], strict=True):
+        factor = (large / weight).round().unique(dim=0)
+        assert factor.shape == (1, weight.shape[1]) and factor.unique().tolist() == [1, OUTLIER_FACTOR]
+        columns.append(factor[0].argsort(descending=True)[: int((factor == OUTLIER_FACTOR).sum())].tolist())
+    assert list(map(len, columns)) == [3, 3, 2] and columns[0] != columns[1]

@@ -30,10 +30,23 @@ def one_torch_thread():
 
 
 def weights(method: str, hidden: int, intermediate: int, group: int = 0) -> PackedExperts:
+    """With columns so large and so small that integer formats scale them, in every expert others."""
     g = torch.Generator().manual_seed(1)
     gate, up = (torch.randn((EXPERTS, intermediate, hidden), generator=g) / hidden**0.5 for _ in range(2))
     down = torch.randn((EXPERTS, hidden, intermediate), generator=g) / intermediate**0.5
-    return pack_experts(gate, up, down, method, group=group)
+    for expert in range(EXPERTS):
+        gate[expert, :, expert::37] *= 20
+        up[expert, :, 9 + expert :: 41] *= 100
+        for part in (gate, up):
+            part[expert, :, 20 + expert :: 43] /= 10
+        down[expert, :, expert::19] *= 10
+    packed = pack_experts(gate, up, down, method, group=group)
+    if packed.layout.group and min(hidden, intermediate) > 1:
+        for expert in range(EXPERTS):
+            inputs, columns = packed.layout.column_scales(packed.blob(expert))
+            assert len(inputs.unique()) > 2 or hidden < 63
+            assert len(inputs.unique()) > 1 and len(columns.unique()) > 1
+    return packed
 
 
 def call(tokens: int, hidden: int, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -67,9 +80,12 @@ def reference(packed: PackedExperts, x, ids, mix) -> torch.Tensor:
     for expert in packed.resident:
         gate, up, down = (w.double() for w in packed.dequantize(expert))
         tokens, slots = (ids == expert).nonzero(as_tuple=True)
-        rows = rounded(x[tokens]).double()
+        inputs, columns = torch.ones(2, 1)
+        if packed.layout.group:
+            inputs, columns = packed.layout.column_scales(packed.blob(expert))
+        rows = rounded(x[tokens] * inputs).double() / inputs
         hidden = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
-        out = rounded(hidden.float(), 1).double() @ down.T
+        out = (rounded(hidden.float() * columns, 1).double() / columns) @ down.T
         y.index_add_(0, tokens, out * mix[tokens, slots, None].double())
     return y
 

@@ -190,8 +190,8 @@ DAMAGES = {
     "truncated in its header": (lambda f: f.write_bytes(f.read_bytes()[:100]), ["truncated", "100 bytes"]),
     "longer": (lambda f: f.write_bytes(f.read_bytes() + b"x"), ["layer 3", "bytes long and should be"]),
     "another layout version": (
-        lambda f: rewrite(f, b'layout_version": "1"', b'layout_version": "9"'),
-        ["layer 3", "layout version 9", "reads 1", "quantize"],
+        lambda f: rewrite(f, f'layout_version": "{_C.LAYOUT_VERSION}"'.encode(), b'layout_version": "9"'),
+        ["layer 3", "layout version 9", f"reads {_C.LAYOUT_VERSION}", "quantize"],
     ),
     "an unknown method": (lambda f: rewrite(f, b"BF16", b"BF17"), ["layer 3", "cannot read", "BF17"]),
     "other dimensions": (lambda f: rewrite(f, b": 256", b": 512"), ["layer 3", "contradicts itself"]),

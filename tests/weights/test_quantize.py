@@ -173,7 +173,7 @@ def test_divided_experts_hold_the_same(method, hidden, intermediate):
         assert packed.divided == (shards > 1) and packed.weights.shards == shards
         for e in (1, 3):
             blob = torch.randint(0, 256, (layout.blob_bytes,), generator=rng, dtype=torch.uint8)
-            blob[layout._end :] = 0
+            blob[layout._c.scales_offset + layout._c.scales_bytes :] = 0
             for experts in (whole, packed):
                 with experts.filling(e) as target:
                     target.copy_(blob)
