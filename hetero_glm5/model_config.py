@@ -58,7 +58,7 @@ class _Reader:
     def must(self, key: str, *allowed: Any) -> None:
         """The value must be there, and one of `allowed`."""
         value = self.data.get(key)
-        if value not in allowed:
+        if not any(value == a and type(value) is type(a) for a in allowed):  # 1 is not True, 128.0 is not 128
             names = " or ".join(json.dumps(a) for a in allowed)
             raise ConfigError(f'{self.where}: "{key}" is {json.dumps(value)}; only {names} is supported.{self.advice}')
 
@@ -329,6 +329,7 @@ def _pack_quantized(q: _Reader) -> Int4Scheme:
         group = groups.part(key)
         group.only("format", None, "pack-quantized")
         group.only("input_activations", None)
+        group.only("output_activations", None)
         weights = group.part("weights")
         weights.must("num_bits", 4)
         weights.only("type", "int")

@@ -18,10 +18,11 @@ namespace hetero {
 namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
-constexpr int kBits = 64;
+constexpr int kBits = 64, kMostNodes = 1024;
 
 bool place(void* data, int64_t bytes, const std::vector<int>& nodes) {
   if (nodes.empty()) return true;
+  for (int node : nodes) CHECK(node >= 0 && node < kMostNodes, "NUMA node ", node, " is outside 0..", kMostNodes - 1);
   const int highest = *std::max_element(nodes.begin(), nodes.end());
   std::vector<unsigned long> mask(highest / kBits + 1);
   for (int node : nodes) mask[node / kBits] |= 1UL << (node % kBits);

@@ -61,15 +61,20 @@ CudaRuntime::CudaRuntime(const std::string& library) {
   void* handle = open_runtime(library);
   find(handle, kEntry, launch_host_func_);
   find(handle, "cudaStreamQuery", stream_query_);
+  find(handle, "cudaGetLastError", last_error_);
   find(handle, "cudaGetErrorName", error_name_);
 }
 
 void CudaRuntime::launch(void* stream, HostFunction function, void* argument) const {
-  if (const int error = launch_host_func_(stream, function, argument)) fail(kEntry, error);
+  if (const int error = launch_host_func_(stream, function, argument)) {
+    last_error_();
+    fail(kEntry, error);
+  }
 }
 
 void CudaRuntime::check(void* stream) const {
   const int error = stream_query_(stream);
+  if (error != 0) last_error_();  // or the next launch of torch's on this thread would be blamed for it
   if (error != 0 && error != kNotReady) fail("the stream", error);
 }
 

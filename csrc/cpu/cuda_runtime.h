@@ -23,6 +23,7 @@ class CudaRuntime {
 
   int (*launch_host_func_)(void*, HostFunction, void*);
   int (*stream_query_)(void*);
+  int (*last_error_)();  // and forgets it
   const char* (*error_name_)(int);
 };
 

@@ -37,6 +37,7 @@ ThreadPool::ThreadPool(const std::vector<ThreadGroup>& groups, std::chrono::micr
     : shares_(count_threads(groups)),
       groups_(static_cast<int>(groups.size())),
       spin_(shares_.size() <= usable_cpus().size() ? spin : std::chrono::microseconds(0)) {
+  workers_.reserve(shares_.size());
   int worker = 0;
   for (int g = 0; g < groups_; g++) {
     const Group group{g, worker, static_cast<int>(groups[g].cpus.size())};

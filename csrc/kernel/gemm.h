@@ -1,9 +1,10 @@
 // sums[row][32] = W x[row]: the loop nest, once, over the vector interface of whichever vec_*.h came before.
 //
 // A micro-kernel holds (vectors of 16 rows x tokens) sums in registers and walks K. One token block (few rows): every weight
-// is read from memory once, in one sequential stream, prefetched a page ahead; past the tile's end that is what the caller
-// will read next, or each tile would begin with misses. Several token blocks: K is cut into pieces of kPieceK, so that a piece of weights stays
-// in L2 while all token blocks pass over it, each prefetching its share of what follows; the sums wait in memory.
+// is read from memory once, in one sequential stream, prefetched two pages ahead; past the tile's end that is what the caller
+// will read next, or each tile would begin with misses. Several token blocks: K is cut into pieces of kPieceK, so that a piece
+// of weights stays in L2 while all token blocks pass over it, each prefetching its share of what follows; the sums wait in
+// memory.
 //
 // One chain per sum in the order of K; with scales, a chain per scale block, folded by one FMA at the block's end. Pieces
 // begin on block boundaries. So every blocking gives the same bits, and a row's result does not depend on its batch mates.
@@ -21,7 +22,7 @@ namespace {
 
 template <class F> constexpr int kPieceK = IntegerFormat<F> ? 2048 : 1024;
 constexpr int kVectorBytes = kLineBytes / (kTileRows / kLanes);
-constexpr int kAheadLines = 64;  // a page: half or twice as much cost 1-4 % of bandwidth, the old distance of a piece 8 %
+constexpr int kAheadLines = 64;  // two pages; half as much costs up to 10 % of bandwidth, twice as much 3 %
 
 // A format's line as operands of dot(), one per activation step.
 template <class F> struct Line;
@@ -46,7 +47,8 @@ struct Stretch {
 };
 
 // Calls walk(token block, stretch). Stretches begin at multiples of 128 columns.
-template <class F, class Walk> void each_stretch(const MatrixLayout& m, const uint8_t* tile, const uint8_t* next, int blocks, Walk walk) {
+template <class F, class Walk>
+void each_stretch(const MatrixLayout& m, const uint8_t* tile, const uint8_t* next, int blocks, Walk walk) {
   constexpr int64_t unit = 128 / F::line_k, piece = kPieceK<F> / F::line_k;
   if (blocks == 1) {
     const int64_t body = m.lines > kAheadLines ? (m.lines - kAheadLines) / unit * unit : 0;
@@ -56,7 +58,8 @@ template <class F, class Walk> void each_stretch(const MatrixLayout& m, const ui
   for (int64_t begin = 0; begin < m.lines; begin += piece) {
     const int64_t end = begin + piece < m.lines ? begin + piece : m.lines, bytes = (end - begin) * kLineBytes;
     const uint8_t* ahead = end < m.lines ? tile + end * kLineBytes : next;
-    for (int b = 0; b < blocks; b++) walk(b, Stretch{begin, end - begin, ahead + bytes / blocks * b, (kLineBytes + blocks - 1) / blocks});
+    for (int b = 0; b < blocks; b++)
+      walk(b, Stretch{begin, end - begin, ahead + bytes / blocks * b, (kLineBytes + blocks - 1) / blocks});
   }
 }
 

@@ -186,7 +186,7 @@ template <> struct Widen<Int4> {
 
 inline const uint8_t* next_tile(const GemmArgs& g) { return g.next != nullptr ? g.next : g.tile + g.layout->tile_bytes; }
 
-// Fetches what will be read a page after these lines of the tile.
+// Fetches what will be read two pages after these lines of the tile.
 inline void prefetch_after(const GemmArgs& g, int64_t line, int64_t count) {
   const MatrixLayout& m = *g.layout;
   const uint8_t* next = next_tile(g);

@@ -1,4 +1,4 @@
-// Rows are cut evenly into token blocks of at most `most`: 16 = 8 + 8, not 12 + 4. Packing, GEMM and SiLU agree through this.
+// Rows are cut evenly into token blocks of at most `most`: 16 = 8 + 8, not 12 + 4. Packing and GEMM agree through this.
 // Comes after a vec_*.h, which says how many tokens a block can have.
 #pragma once
 #include "format/format.h"

@@ -106,7 +106,7 @@ inline F32 dot(F32 acc, const Pair& w, uint32_t x) {
 }
 // always_inline: gcc 12 takes a function that only prefetches for one without effects, and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
 }
 
 inline F32 abs(F32 a) {

@@ -38,11 +38,7 @@ void StreamCalls::on_wait(void* argument) noexcept {
 StreamCalls::~StreamCalls() {
   try {
     close();
-  } catch (const std::runtime_error&) {  // the stream has failed; one of its functions may still look at a slot
-    for (Slot& slot : *slots_) {
-      slot.wait();
-      slot.layer.reset();
-    }
+  } catch (const std::runtime_error&) {  // the stream has failed; one of its functions may still look at a slot and its layer
     slots_.release();
   }
 }
@@ -61,13 +57,14 @@ int64_t StreamCalls::take() {
   Slot& next = slot(taken_);
   drain(next);
   check();
+  next.layer.reset();
   next.ticket = taken_;
   return taken_++;
 }
 
 void StreamCalls::submit(int64_t ticket, MoeLayer layer, const MoeCall& call) {
   Slot& taken = slot(ticket);
-  CHECK(taken.ticket == ticket && taken.passed.ended(), "call ", ticket, " was submitted before, or its slot went to a later call");
+  CHECK(ticket >= 0 && taken.ticket == ticket && !taken.layer, "call ", ticket, " was submitted before, or its slot went to a later call");
   taken.layer = std::move(layer);
   taken.call = call;
   taken.passed.begin();
@@ -75,6 +72,7 @@ void StreamCalls::submit(int64_t ticket, MoeLayer layer, const MoeCall& call) {
     runtime_.launch(stream_, on_submit, &taken);
   } catch (...) {
     taken.passed.end();
+    taken.layer.reset();
     throw;
   }
   taken.awaited = false;
@@ -82,7 +80,7 @@ void StreamCalls::submit(int64_t ticket, MoeLayer layer, const MoeCall& call) {
 
 void StreamCalls::wait(int64_t ticket) {
   Slot& submitted = slot(ticket);
-  CHECK(submitted.ticket == ticket && !submitted.awaited, "call ", ticket, " has been waited for, or its slot went to a later "
+  CHECK(ticket >= 0 && submitted.ticket == ticket && !submitted.awaited, "call ", ticket, " has been waited for, or its slot went to a later "
         "call; each call is waited for once, before ", kSlots, " more are started");
   launch_wait(submitted);
 }

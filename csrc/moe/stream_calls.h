@@ -60,7 +60,7 @@ class StreamCalls {
   static void on_wait(void* slot) noexcept;
   void launch_wait(Slot& slot);
   void drain(Slot& slot);
-  Slot& slot(int64_t ticket) { return (*slots_)[ticket % kSlots]; }
+  Slot& slot(int64_t ticket) { return (*slots_)[static_cast<uint64_t>(ticket) % kSlots]; }
 
   CudaRuntime runtime_;
   void* stream_;

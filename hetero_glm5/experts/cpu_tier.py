@@ -27,13 +27,14 @@ class HostPool:
         self.threads: int = self._c.threads
         self.node_threads = tuple(len(cpus) for _, cpus in self._c.thread_groups)
         self.isa: str = self._c.isa
-        self._streams: dict[int, HostStream] = {}
+        self._streams: dict[tuple[int, int], HostStream] = {}
 
     def stream(self, stream: DeviceStream) -> HostStream:
-        """The calls of that stream, by its handle."""
-        if stream.handle not in self._streams:
-            self._streams[stream.handle] = HostStream(stream)
-        return self._streams[stream.handle]
+        """The calls of that stream. One thread at a time uses the streams of a pool."""
+        key = stream.device, stream.handle
+        if key not in self._streams:
+            self._streams[key] = HostStream(stream)
+        return self._streams[key]
 
     def check(self) -> None:
         """Raises what a call in a stream raised, if the stream is past it, as it is after a synchronisation."""

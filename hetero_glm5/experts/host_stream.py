@@ -20,7 +20,8 @@ ALIGN = 64  # bytes
 
 
 class DeviceStream(Protocol):
-    handle: int  # cudaStream_t
+    device: int  # its number
+    handle: int  # cudaStream_t; that of a device's default stream is 0
     library: str  # of the CUDA runtime; empty = the loaded one
 
     def pinned(self, nbytes: int) -> Tensor:
@@ -31,19 +32,27 @@ class DeviceStream(Protocol):
 
 
 class CudaStream:
-    """The stream that torch enqueues on now."""
+    """The stream that torch enqueues on now. ValueError if `device` is not the current one, where CUDA's calls go."""
 
     library = ""
 
     def __init__(self, device: torch.device) -> None:
-        self.handle = torch.cuda.current_stream(device).cuda_stream
+        self.device = torch.cuda.current_device()
+        if device.index not in (None, self.device):
+            raise ValueError(
+                f"x is on cuda:{device.index}, but the current CUDA device is {self.device}; "
+                f"call torch.cuda.set_device({device.index}) first"
+            )
+        self._stream = torch.cuda.current_stream(device)
+        self.handle = self._stream.cuda_stream
 
     def pinned(self, nbytes: int) -> Tensor:
         with torch.inference_mode(False):  # it is written in and outside of that mode
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # torch keeps it for its copies
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source, non_blocking=True)
+        with torch.cuda.stream(self._stream):  # which need not be the current one by the time of join()
+            target.copy_(source, non_blocking=True)
 
 
 class HostStream:
@@ -82,9 +91,9 @@ class HostStream:
         self._c.close()
 
     def _buffers(self, stream: DeviceStream, slot: int, like: tuple[Tensor, ...]) -> list[Tensor]:
-        """Tensors of those shapes and types, one after the other in the slot's memory, which grows by half at least."""
+        """Tensors of those shapes and types, one after the other in the slot's memory, as large as its largest call."""
         sizes = [-(-t.nbytes // ALIGN) * ALIGN for t in like]
         if sum(sizes) > self._memory[slot].nbytes:
-            self._memory[slot] = stream.pinned(sum(sizes) + sum(sizes) // 2)
+            self._memory[slot] = stream.pinned(sum(sizes))
         parts = self._memory[slot][: sum(sizes)].split(sizes)
         return [part[: t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(parts, like, strict=True)]

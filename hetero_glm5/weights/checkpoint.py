@@ -100,6 +100,7 @@ class Checkpoint:
                 raise CheckpointError(f"{path} holds {_some(twice)}, and so does {self.entries[twice[0]].path}.")
             self.entries |= header
         self.int4 = int4_scheme(self.folder)
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of weights, from the name table
         self._files = Files()
 
     def close(self) -> None:
@@ -112,6 +113,7 @@ class Checkpoint:
     def check(self, needed: dict[str, TensorSpec], known: dict[str, TensorSpec]) -> None:
         """Compares headers with the name table: every `needed` tensor must be there, every tensor must be `known`, and
         shapes, types and scales must fit. Raises one CheckpointError that lists all that is wrong."""
+        self._shapes = {name: spec.shape for name, spec in known.items()}
         parts: dict[str, TensorSpec] = {}  # of quantised weights
         for name, spec in known.items():
             if spec.quantised:
@@ -205,16 +207,17 @@ class Checkpoint:
         return self.read_raw(name + SCALE_SUFFIX)[0] if self.is_fp8(name) else None
 
     def read_int4(self, name: str) -> Int4Matrix:
-        """An INT4 weight, its codes and scales bit for bit. CheckpointError if its zeros or its order of columns cannot
-        be kept."""
+        """An INT4 weight that check() knows, its codes and scales bit for bit. CheckpointError if its zeros or its
+        order of columns cannot be kept."""
         assert self.int4
         group = self.int4.group
+        _, cols = self._shapes[name]
         if self.int4.kind == COMPRESSED_TENSORS:
             words, scales, shape = self.read_raw(*self.stored(name))
-            rows, cols = shape.tolist()
-            if words.shape != (rows, -(-cols // 8)):
-                found = f"{name}_packed has {list(words.shape)} words"
-                raise CheckpointError(f"{name}_shape is {[rows, cols]}, but {found}. Fetch the shard again.")
+            if tuple(shape.tolist()) != self._shapes[name]:
+                raise CheckpointError(
+                    f"{name}_shape is {shape.tolist()}, expected {list(self._shapes[name])}. Fetch the shard again."
+                )
             return Int4Matrix(words.view(torch.uint8), scales, cols, group)
         words, zeros, scales, *order = self.read_raw(*self.stored(name))
         zero = self.int4.stored_zero
@@ -226,7 +229,6 @@ class Checkpoint:
                 f"{self.stored(name)[1]} holds {found} where only {zero} can be read: the zero must lie in the middle, "
                 "as symmetric quantisation has it. Quantise the model again with sym, or use its BF16 checkpoint."
             )
-        cols = len(words) * 8
         if order and not torch.equal(order[0], torch.arange(cols, dtype=torch.int32) // group):
             raise CheckpointError(
                 f"{self.stored(name)[3]} puts columns in an order of their own (act-order); only groups of "

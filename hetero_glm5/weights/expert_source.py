@@ -129,4 +129,7 @@ def pack(layout: ExpertLayout, blob: Tensor, raw: RawExpert, who: str, round_sca
         layout.pack_codes_into(blob, [matrix.codes for matrix in matrices], halves)
     else:
         gate, up, down = (matrix[:] for matrix in (gate, up, down))
-        layout.pack_into(blob, gate, up, down, scales)
+        try:
+            layout.pack_into(blob, gate, up, down, scales)
+        except ValueError as error:  # NaN or infinity in an integer format
+            raise CheckpointError(f"{who}: {error}. Use --kt-method BF16, or fetch the shard again.") from error

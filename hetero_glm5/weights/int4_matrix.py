@@ -31,7 +31,7 @@ class Int4Matrix:
     def half_scales(self, rounded: bool) -> Tensor:
         """The scales as fp16. ValueError if fp16 cannot hold one: at all, or exactly unless they may be `rounded`."""
         half = self.scales.half()
-        wrong = half.isinf() | half.isnan() if rounded else half.float() != self.scales.float()  # NaN differs too
+        wrong = ~half.isfinite() if rounded else ~half.isfinite() | (half.float() != self.scales.float())
         if wrong.any():
             value = self.scales[wrong][0].item()
             limit = "exactly" if abs(value) <= HALF_MAX else f"at all; its largest number is {HALF_MAX:g}"

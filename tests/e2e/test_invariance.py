@@ -94,7 +94,7 @@ def test_host_experts_on_a_stream(folder, plain, standin):
     with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
         llm.engine.runner.experts.stream = lambda device: stream
         assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == plain
-        assert llm.engine.pool._streams.keys() == {stream.handle}
+        assert llm.engine.pool._streams.keys() == {(0, stream.handle)}
     stream.destroy()
 
 

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <random>
 #include <thread>
+#include <utility>
 
 namespace {
 
@@ -119,6 +120,10 @@ class Stream {
 
 extern "C" {
 
+// Of the calling thread, until it is asked for: a copy refuses to start while there is one, as torch's launches do.
+thread_local int last_error = 0;
+int cudaGetLastError() { return std::exchange(last_error, 0); }
+
 Stream* standin_create(uint64_t seed, int most_delay, int one_by_one) { return new Stream(seed, most_delay, one_by_one != 0); }
 void standin_destroy(Stream* stream) { delete stream; }
 void standin_hold(Stream* stream, int held) { stream->hold(held != 0); }
@@ -126,21 +131,23 @@ void standin_fail(Stream* stream, int error) { stream->fail(error); }
 
 int cudaLaunchHostFunc(Stream* stream, void (*function)(void*), void* argument) {
   forbid_host_functions("cudaLaunchHostFunc");
-  if (stream->error()) return stream->error();
+  if (stream->error()) return last_error = stream->error();
   stream->enqueue_host(function, argument);
   return 0;
 }
 
 int cudaMemcpyAsync(void* target, const void* source, size_t bytes, int, Stream* stream) {
   forbid_host_functions("cudaMemcpyAsync");
-  if (stream->error()) return stream->error();
+  if (last_error != 0) return last_error;
+  if (stream->error()) return last_error = stream->error();
   stream->enqueue([=] { std::memcpy(target, source, bytes); });
   return 0;
 }
 
 int cudaStreamQuery(Stream* stream) {
   forbid_host_functions("cudaStreamQuery");
-  return stream->query();
+  const int error = stream->query();
+  return error == 0 ? 0 : last_error = error;
 }
 
 int cudaStreamSynchronize(Stream* stream) {

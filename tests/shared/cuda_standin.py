@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+NOT_READY = 600  # cudaErrorNotReady
 SOURCE = Path(__file__).with_name("cuda_standin.cpp")
 
 
@@ -25,6 +26,8 @@ def build(folder: Path) -> str:
 class Stream:
     """A hetero_glm5 DeviceStream whose device memory is host memory. most_delay: microseconds before an operation;
     one_by_one: its host functions and those of others like it take turns. Memory that was never written is NaN."""
+
+    device = 0
 
     def __init__(self, library: str, seed: int = 0, most_delay: int = 0, one_by_one: bool = False) -> None:
         self.library = library
@@ -42,7 +45,8 @@ class Stream:
         assert target.shape == source.shape
         self._in_use += [target, source]
         pointers = ctypes.c_void_p(target.data_ptr()), ctypes.c_void_p(source.data_ptr())
-        self._lib.cudaMemcpyAsync(*pointers, ctypes.c_size_t(source.nbytes), 0, self._handle)
+        error = self._lib.cudaMemcpyAsync(*pointers, ctypes.c_size_t(source.nbytes), 0, self._handle)
+        assert error != NOT_READY, "an earlier cudaStreamQuery left its error behind"
 
     def synchronize(self) -> int:
         """-> the device's error, 0 = none."""

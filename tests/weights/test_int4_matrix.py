@@ -199,7 +199,13 @@ def test_an_order_of_columns_is_refused_and_a_trivial_one_is_not(checkpoints, tm
 
 @pytest.mark.parametrize(
     ("value", "rounds", "told"),
-    [(0.1, True, "exactly"), (2.0**-26, True, "exactly"), (1e6, False, "at all; its largest"), (math.nan, False, "at")],
+    [
+        (0.1, True, "exactly"),
+        (2.0**-26, True, "exactly"),
+        (1e6, False, "at all; its largest"),
+        (math.nan, False, "at"),
+        (math.inf, False, "at all"),
+    ],
 )
 def test_scales_that_fp16_cannot_hold(checkpoints, tmp_path, value, rounds, told):
     """Serving refuses them; packing a store rounds what can be rounded, and reports the error."""
@@ -261,12 +267,13 @@ def test_parts_that_do_not_fit_are_told(checkpoints, tmp_path, case):
     assert told in str(error.value)
 
 
-def test_a_shape_that_contradicts_the_words_is_refused(checkpoints, tmp_path):
-    def transpose(tensors, config):
-        tensors[NAME + "weight_shape"] = tensors[NAME + "weight_shape"].flip(0)
+@pytest.mark.parametrize("shape", [[256, 128], [128, 255]])  # the second needs as many words as the right one
+def test_a_shape_that_is_not_the_models_is_refused(checkpoints, tmp_path, shape):
+    def change(tensors, config):
+        tensors[NAME + "weight_shape"] = torch.tensor(shape)
 
-    message = refusal(int4_checkpoint(checkpoints, KINDS[0]), tmp_path, transpose)
-    assert f"{NAME}weight_shape is [256, 128], but {NAME}weight_packed has [128, 32] words" in message
+    message = refusal(int4_checkpoint(checkpoints, KINDS[0]), tmp_path, change)
+    assert f"{NAME}weight_shape is {shape}, expected [128, 256]" in message
 
 
 def test_an_expert_that_is_int4_in_part_is_refused(checkpoints, tmp_path):

@@ -1,6 +1,7 @@
 """Packing, unpacking and the scalar truth, against torch."""
 
 import math
+import zlib
 
 import pytest
 import torch
@@ -111,6 +112,19 @@ def test_layout_sizes(method):
     assert bits <= layout.bits_per_weight < bits * 1.04
     assert layout.version == _C.LAYOUT_VERSION
     assert layout == ExpertLayout(method, 6144, 2048, layout.group, layout.book)
+
+
+# CRC-32 of one packed expert. Who changes what a store holds raises kLayoutVersion (csrc/format/format.h).
+BYTES = {2: {"FP32": 3427841877, "BF16": 231963718, "FP8": 486566360, "INT8": 137339774, "INT4": 4230497046}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_of_this_layout_version(method):
+    hidden, intermediate = 200, 136
+    shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+    parts = [((torch.arange(n * k) * 37 % 101 - 50) / 64).view(1, n, k) for n, k in shapes]
+    blob = pack_experts(*parts, method=method).blob(0)
+    assert zlib.crc32(blob.numpy().data) == BYTES[_C.LAYOUT_VERSION][method]
 
 
 def test_gate_and_up_tiles_alternate():
