@@ -21,11 +21,11 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("csrc", "experts", "weights/test_quantize.py", "weights/test_integers.py")
-# A limit on address space leaves no room for a sanitizer's own memory, and its malloc is not the one that a test counts; the
+# A limit on address space leaves no room for a sanitizer's own memory, and its malloc is not the one a test counts; the
 # others take minutes and add nothing.
 CHOSEN = (
-    "not threads_that_cannot_be_started and not calls_do_not_allocate and not error_of_a_layer and not (a_row_depends and (scalar or avx2)) "
-    "and not (packing_is_the_quantiser and (INT4-64 or INT4-128))"
+    "not threads_that_cannot_be_started and not calls_do_not_allocate and not error_of_a_layer "
+    "and not (a_row_depends and (scalar or avx2)) and not (packing_is_the_quantiser and (INT4-64 or INT4-128))"
 )
 
 # gcc 12's libtsan does not start where addresses are too random (vm.mmap_rnd_bits above 28).
