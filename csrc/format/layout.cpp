@@ -1,13 +1,12 @@
 #include "format/layout.h"
 
 #include "base/check.h"
+#include "base/round.h"
 #include "format/formats.h"
 
 namespace hetero {
 namespace {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t kLargestDim = 1 << 20;
 
 int64_t checked(const char* what, int64_t dim) {

@@ -74,6 +74,14 @@ struct Piece {  // NV vectors x MT tokens x a stretch of K
   int64_t ahead_step;
 };
 
+// Calls body(vector, token) for each sum of a micro-kernel.
+template <int NV, int MT, class Body> inline __attribute__((always_inline)) void each_sum(Body body) {
+#pragma GCC unroll 2
+  for (int i = 0; i < NV; i++)
+#pragma GCC unroll 16
+    for (int m = 0; m < MT; m++) body(i, m);
+}
+
 template <class F, int NV, int MT> struct MicroKernel {
   static constexpr int kSteps = F::line_k / F::step_k;
   using Sums = F32[NV][MT];
@@ -101,41 +109,33 @@ template <class F, int NV, int MT> struct MicroKernel {
     const Piece a = piece;  // a copy: stores through vector types may alias the caller's
     Sums acc;
     if constexpr (F::scale_block == 0) {
-      each_sum([&](int i, int m) { acc[i][m] = load(a.sums + i * kLanes + m * kTileRows); });
+      each_sum<NV, MT>([&](int i, int m) { acc[i][m] = load(a.sums + i * kLanes + m * kTileRows); });
       walk(a, 0, a.lines, acc);
-      each_sum([&](int i, int m) { store(a.sums + i * kLanes + m * kTileRows, acc[i][m]); });
+      each_sum<NV, MT>([&](int i, int m) { store(a.sums + i * kLanes + m * kTileRows, acc[i][m]); });
     } else {
       constexpr int64_t block = F::scale_block / F::line_k;
       const uint8_t* scales = a.scales;
       for (int64_t n = 0; n < a.lines; n += block, scales += sizeof(float)) {
-        each_sum([&](int i, int m) { acc[i][m] = set1(0); });
+        each_sum<NV, MT>([&](int i, int m) { acc[i][m] = set1(0); });
         walk(a, n, n + block < a.lines ? n + block : a.lines, acc);
         prefetch(scales + a.next_scales);
         const F32 scale = set1(*reinterpret_cast<const float*>(scales));
-        each_sum([&](int i, int m) {
+        each_sum<NV, MT>([&](int i, int m) {
           float* sum = a.sums + i * kLanes + m * kTileRows;
           store(sum, fma(acc[i][m], scale, load(sum)));
         });
       }
     }
   }
-
-  template <class Body> static inline __attribute__((always_inline)) void each_sum(Body body) {
-#pragma GCC unroll 2
-    for (int i = 0; i < NV; i++)
-#pragma GCC unroll 16
-      for (int m = 0; m < MT; m++) body(i, m);
-  }
 };
 
-using Kernel = void (*)(const Piece&);
-
-template <class F> struct Kernels {  // by number of tokens, from 1
-  Kernel run[block_tokens<F>];
+// Kernel<F, NV, MT>::run by number of tokens, from 1.
+template <class F, template <class, int, int> class Kernel, class Argument> struct Kernels {
+  void (*run[block_tokens<F>])(const Argument&);
   constexpr Kernels() : Kernels(std::make_integer_sequence<int, block_tokens<F>>()) {}
-  template <int... M> constexpr explicit Kernels(std::integer_sequence<int, M...>) : run{&MicroKernel<F, kVectors, M + 1>::run...} {}
+  template <int... M> constexpr explicit Kernels(std::integer_sequence<int, M...>) : run{&Kernel<F, kVectors, M + 1>::run...} {}
 };
-template <class F> constexpr Kernels<F> kKernels;
+template <class F> constexpr Kernels<F, MicroKernel, Piece> kKernels;
 
 // Zeroes the sums, then calls vectors(first vector of the tile, what is prefetched after it) for each kVectors of them.
 template <class Vectors> void each_vectors(const GemmArgs& g, Vectors vectors) {

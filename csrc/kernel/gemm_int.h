@@ -57,7 +57,7 @@ template <class F, int NV, int MT> struct DotKernel {
     I32 acc[P][kChains][NV][MT];
 #pragma GCC unroll 2
     for (int p = 0; p < P; p++)
-      each([&](int i, int m) {
+      each_sum<NV, MT>([&](int i, int m) {
         acc[p][0][i][m] = set1_int(corrections[p * MT + m]);
 #pragma GCC unroll 4
         for (int c = 1; c < kChains; c++) acc[p][c][i][m] = set1_int(0);
@@ -87,7 +87,7 @@ template <class F, int NV, int MT> struct DotKernel {
       }
 #pragma GCC unroll 2
     for (int p = 0; p < P; p++)
-      each([&](int i, int m) {
+      each_sum<NV, MT>([&](int i, int m) {
         dots[p][i][m] = acc[p][0][i][m];
 #pragma GCC unroll 4
         for (int c = 1; c < kChains; c++) dots[p][i][m] = add(dots[p][i][m], acc[p][c][i][m]);
@@ -111,9 +111,9 @@ template <class F, int NV, int MT> struct DotKernel {
     const int32_t* corrections = a.x.corrections;
     const float *before = a.before, *block = a.x.scales;
     Sums sum;
-    each([&](int i, int m) { sum[i][m] = load(a.sums + i * kLanes + m * kTileRows); });
+    each_sum<NV, MT>([&](int i, int m) { sum[i][m] = load(a.sums + i * kLanes + m * kTileRows); });
     for (int64_t g = 0; g < a.groups;) {
-      each([&](int i, int m) { sum[i][m] = mul(sum[i][m], mul(set1(before[m]), set1(block[MT + m]))); });
+      each_sum<NV, MT>([&](int i, int m) { sum[i][m] = mul(sum[i][m], mul(set1(before[m]), set1(block[MT + m]))); });
       before = block, block += 2 * MT;
       for (const int64_t end = g + a.block_groups < a.groups ? g + a.block_groups : a.groups; g < end; g++) {
         Choices choice;
@@ -139,25 +139,12 @@ template <class F, int NV, int MT> struct DotKernel {
         x += part_words * a.parts, corrections += MT * a.parts, scales += kTileRows;
       }
     }
-    if (a.last != nullptr) each([&](int i, int m) { sum[i][m] = mul(sum[i][m], set1(a.last[m])); });
-    each([&](int i, int m) { store(a.sums + i * kLanes + m * kTileRows, sum[i][m]); });
-  }
-
-  template <class Body> static inline __attribute__((always_inline)) void each(Body body) {
-#pragma GCC unroll 2
-    for (int i = 0; i < NV; i++)
-#pragma GCC unroll 16
-      for (int m = 0; m < MT; m++) body(i, m);
+    if (a.last != nullptr) each_sum<NV, MT>([&](int i, int m) { sum[i][m] = mul(sum[i][m], set1(a.last[m])); });
+    each_sum<NV, MT>([&](int i, int m) { store(a.sums + i * kLanes + m * kTileRows, sum[i][m]); });
   }
 };
 
-template <class F, int... M> constexpr auto dot_kernels(std::integer_sequence<int, M...>) {
-  struct Table {
-    void (*run[sizeof...(M)])(const DotPiece&);
-  };
-  return Table{{&DotKernel<F, kVectors, M + 1>::run...}};
-}
-template <class F> constexpr auto kDotKernels = dot_kernels<F>(std::make_integer_sequence<int, kDotTokens>());
+template <class F> constexpr Kernels<F, DotKernel, DotPiece> kDotKernels;
 
 template <IntegerFormat F> void gemm_int(const GemmArgs& args) {
   const GemmArgs g = args;

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "base/check.h"
+#include "base/round.h"
 #include "cpu/topology.h"
 
 namespace hetero {
@@ -43,7 +44,7 @@ ExpertWeights::ExpertWeights(const ExpertLayout& layout, int experts, const std:
     const TileRange down = TileRange{0, layout.down.tiles}.part(s, count, 1);
     const int64_t down_offset = pairs.size() * layout.tile_stride(Layout::kGate);
     const int64_t scales_offset = down_offset + down.size() * layout.tile_stride(Layout::kDown);
-    const int64_t bytes = (scales_offset + layout.scales_bytes + kBlobAlign - 1) / kBlobAlign * kBlobAlign;
+    const int64_t bytes = round_up(scales_offset + layout.scales_bytes, kBlobAlign);
     shards_.push_back({pairs, down, down_offset, scales_offset, bytes,
                        Arena(slots * bytes, nodes.empty() ? all_nodes() : std::vector{nodes[s]})});
   }

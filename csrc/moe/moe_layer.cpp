@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "base/round.h"
+
 namespace hetero {
 namespace {
 
@@ -11,8 +13,6 @@ using Layout = ExpertLayout;
 constexpr int64_t kPairs = 16;  // gate/up tile pairs
 constexpr int64_t kDownTiles = 16;
 constexpr int64_t kTasksPerThread = 4;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Units of a task: `wanted`, or fewer where threads would get less than kTasksPerThread tasks each. A job ends with its last
 // task: if there are one and a half for each thread, half of the threads idle for a third of the time, and if there is one,
