@@ -31,7 +31,8 @@ Quantization checked_quantization(Format format, int group, std::string& book) {
   }
   if (book.empty()) book = "gaussian";
   CHECK(book == "gaussian" || book == "linear", "book is '", book, "', must be gaussian or linear");
-  q.books = (book == "linear" ? kLinearBooks : kGaussianBooks).entry;
+  q.choices = book == "gaussian";
+  q.books = (q.choices ? kGaussianBooks : kLinearBooks).entry;
   return q;
 }
 
@@ -63,7 +64,8 @@ MatrixLayout::MatrixLayout(Format format, int64_t rows, int64_t cols, Quantizati
     }
   });
   scale_offset = lines * kLineBytes;
-  tile_bytes = scale_offset + round_up(scale_cols * scale_bytes, kLineBytes);
+  choice_offset = scale_offset + round_up(scale_cols * scale_bytes, kLineBytes);
+  tile_bytes = choice_offset + (quantization.choices ? ceil_div(lines, kChoiceLines) * kLineBytes : 0);
 }
 
 ExpertLayout::ExpertLayout(Format format, int64_t hidden, int64_t intermediate, int group, const std::string& book)

@@ -166,17 +166,17 @@ template <> struct Widen<Fp8> {
   }
 };
 template <> struct Widen<Int4> {
-  const Quantization& quantization;
-  const uint16_t* scales;
+  const uint8_t* books;
+  const uint32_t* choices;
   BookChoice choice[kTileRows / kLanes];
 
-  explicit Widen(const GemmArgs& g)
-      : quantization(g.layout->quantization), scales(reinterpret_cast<const uint16_t*>(g.tile + g.layout->scale_offset)) {}
+  explicit Widen(const GemmArgs& g) : books(g.layout->quantization.books), choices(nullptr) {
+    if (g.layout->quantization.choices) choices = reinterpret_cast<const uint32_t*>(g.tile + g.layout->choice_offset);
+  }
   void operator()(const uint8_t* line, int64_t n, uint8_t* out) {
-    const int column = static_cast<int>(n * Int4::line_k), group = column / quantization.group;
-    const bool begins = column == group * quantization.group;
     for (int v = 0; v < kTileRows / kLanes; v++) {
-      if (begins) choice[v] = choose_books(quantization.books, scales + group * kTileRows + v * kLanes);
+      if (n % kChoiceLines == 0)
+        choice[v] = choose_books(books, choices == nullptr ? nullptr : choices + n / kChoiceLines * kTileRows + v * kLanes);
       DotLine<Int4> bytes;
       bytes.read(line + v * kVectorBytes, choice[v]);
       for (int i = 0; i < 2; i++) _mm512_store_si512(out + i * kLineBytes + v * kVectorBytes, bytes.w[i].v);
