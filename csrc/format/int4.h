@@ -17,6 +17,7 @@ namespace hetero {
 namespace {
 
 constexpr int kBooks = 4, kBookEntries = 16;
+constexpr int kLinearGroup = 32;  // unless the checkpoint says otherwise
 
 struct alignas(64) Books {
   uint8_t entry[kBooks * kBookEntries];

@@ -154,35 +154,15 @@ template <class F, int NA> inline void multiply(const uint32_t* const (&x)[2], i
 
 template <class F> constexpr int kWidened = F::line_k / F::step_k;  // B lines in a line of the tile
 
-template <class F> struct Widen;  // a line -> two B lines
-template <> struct Widen<Fp8> {
-  explicit Widen(const GemmArgs&) {}
-  void operator()(const uint8_t* line, int64_t, uint8_t* out) {
+// Lines [begin, end) as twice as many B lines.
+inline void widen_fp8(const GemmArgs& g, int64_t begin, int64_t end, uint8_t* out) {
+  for (int64_t n = begin; n < end; n++, out += 2 * kLineBytes)
     for (int v = 0; v < kLineBytes; v += kVectorBytes) {
       Line<Fp8> pairs;
-      pairs.read(line + v);
+      pairs.read(g.tile + n * kLineBytes + v);
       for (int i = 0; i < 2; i++) _mm512_store_si512(out + i * kLineBytes + v, (__m512i)pairs.w[i].v);
     }
-  }
-};
-template <> struct Widen<Int4> {
-  const uint8_t* books;
-  const uint32_t* choices;
-  BookChoice choice[kTileRows / kLanes];
-
-  explicit Widen(const GemmArgs& g) : books(g.layout->quantization.books), choices(nullptr) {
-    if (g.layout->quantization.choices) choices = reinterpret_cast<const uint32_t*>(g.tile + g.layout->choice_offset);
-  }
-  void operator()(const uint8_t* line, int64_t n, uint8_t* out) {
-    for (int v = 0; v < kTileRows / kLanes; v++) {
-      if (n % kChoiceLines == 0)
-        choice[v] = choose_books(books, choices == nullptr ? nullptr : choices + n / kChoiceLines * kTileRows + v * kLanes);
-      DotLine<Int4> bytes;
-      bytes.read(line + v * kVectorBytes, choice[v]);
-      for (int i = 0; i < 2; i++) _mm512_store_si512(out + i * kLineBytes + v * kVectorBytes, bytes.w[i].v);
-    }
-  }
-};
+}
 
 inline const uint8_t* next_tile(const GemmArgs& g) { return g.next != nullptr ? g.next : g.tile + g.layout->tile_bytes; }
 
@@ -200,16 +180,13 @@ inline void prefetch_after(const GemmArgs& g, int64_t line, int64_t count) {
 template <class F> const uint8_t* b_lines(const GemmArgs& g, int64_t begin, int64_t end, uint8_t* panel) {
   const int64_t first = begin / kWidened<F>, last = end / kWidened<F>;
   const uint8_t* line = g.tile + first * kLineBytes;
-  uint8_t* out = panel;
   if constexpr (kWidened<F> == 1) {
     if (IntegerFormat<F> || (end - begin) % kChunkWords == 0) return line;
     __builtin_memcpy(panel, line, (end - begin) * kLineBytes);
   } else {
-    Widen<F> widen(g);
-    for (int64_t n = first; n < last; n++, line += kLineBytes, out += 2 * kLineBytes) {
-      prefetch_after(g, n, 1);
-      widen(line, n, out);
-    }
+    prefetch_after(g, first, last - first);
+    if constexpr (IntegerFormat<F>) widen(g, 0, first, last, panel);
+    else widen_fp8(g, first, last, panel);
   }
   const int64_t lines = end - begin, chunks = (lines + kChunkWords - 1) / kChunkWords;
   __builtin_memset(panel + lines * kLineBytes, 0, (chunks * kChunkWords - lines) * kLineBytes);

@@ -193,6 +193,12 @@ inline void look_up(const uint8_t* line, BookChoice& c, Bytes& low, Bytes& high)
   half(line, c.lines.lo, lower[0], upper[0]), half(line + 32, c.lines.hi, lower[1], upper[1]);
   low = widen_bytes(lower[0], lower[1]), high = widen_bytes(upper[0], upper[1]);
 }
+inline void store_line(uint8_t* line, const Bytes& w) {
+  const auto half = [&](int at, __m256i even, __m256i odd) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(line + at), _mm256_or_si256(even, _mm256_slli_epi16(odd, 8)));
+  };
+  half(0, w.even.lo, w.odd.lo), half(32, w.even.hi, w.odd.hi);
+}
 // vpmaddubsw would saturate; 16-bit lanes are exact.
 inline I32 dot(I32 acc, const Bytes& w, uint32_t x) {
   const __m256i four = _mm256_set1_epi32(static_cast<int>(x));

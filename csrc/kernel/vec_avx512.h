@@ -105,6 +105,7 @@ inline void look_up(const uint8_t* line, BookChoice& c, Bytes& low, Bytes& high)
   low.v = chosen(codes), high.v = chosen(_mm512_srli_epi16(codes, 4));
   c.lines = _mm512_ror_epi32(c.lines, 2);
 }
+inline void store_line(uint8_t* line, const Bytes& w) { _mm512_store_si512(line, w.v); }
 // gcc 12 copies every accumulator twice around the intrinsic, and spills.
 inline I32 dot(I32 acc, Bytes w, uint32_t x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(_mm512_set1_epi32(static_cast<int>(x))));
@@ -139,6 +140,9 @@ inline void look_up(const uint8_t* line, BookChoice& c, Bytes& low, Bytes& high)
   low = widen_bytes(chosen(_mm512_and_si512(codes, nibble)));
   high = widen_bytes(chosen(_mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble)));
   c.lines = _mm512_srli_epi32(c.lines, 2);
+}
+inline void store_line(uint8_t* line, const Bytes& w) {
+  _mm512_store_si512(line, _mm512_or_si512(w.even, _mm512_slli_epi16(w.odd, 8)));
 }
 // vpmaddubsw would saturate; 16-bit lanes are exact.
 inline I32 dot(I32 acc, const Bytes& w, uint32_t x) {

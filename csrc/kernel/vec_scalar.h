@@ -140,6 +140,7 @@ inline void look_up(const uint8_t* line, BookChoice& c, Bytes& low, Bytes& high)
   }
   for (uint32_t& row : c.lines) row >>= 2;
 }
+inline void store_line(uint8_t* line, const Bytes& w) { std::memcpy(line, w.v, 64); }
 // Exact: each row's four weights times the four signed bytes of x.
 inline I32 dot(I32 acc, const Bytes& w, uint32_t x) {
   const auto signed_byte = [&](int k) { return static_cast<int8_t>(x >> (8 * k)); };
