@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kVectors = 1;
 constexpr int kTokens = 4;  // 8 sums + 4 weights + 2 activations of 16 registers
-constexpr int kFoldTokens = 4;
 constexpr int kDotTokens = 4;  // 8 accumulators + 4 weights + 2 activations; the fp32 sums wait in memory
 
 struct F32 {

@@ -15,7 +15,6 @@ namespace {
 
 constexpr int kVectors = 2;
 constexpr int kTokens = 12;  // 2 x 12 sums + 2 weights + 1 activation of 32 registers
-constexpr int kFoldTokens = 8;  // 16 sums, since widening needs registers too
 constexpr int kDotTokens = 6;  // 2 x 6 accumulators and as many fp32 sums
 
 struct F32 {

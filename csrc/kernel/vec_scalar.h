@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kVectors = 1;     // vectors of 16 rows side by side in a register block: 1, or the tile's 2
 constexpr int kTokens = 4;      // most tokens of a block
-constexpr int kFoldTokens = 4;  // the same where sums are folded with a scale
 constexpr int kDotTokens = 4;   // the same for integer dots
 
 struct F32 {
