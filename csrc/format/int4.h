@@ -5,7 +5,7 @@
 // lowest bits of a uint32 on. So the few large weights of a group make only their own neighbours coarse, and a scale can
 // serve 128 columns, which prefill likes: sums are folded four times less often. Error of a Gaussian weight, bits a weight:
 //   group 32, one book 0.0727, 4.5; group 32, a choice per group 0.0677, 4.5 (+ 2 bits of the scale's mantissa);
-//   group 128, a choice per 8 columns 0.0662, 4.375; group 64 0.0637, 4.5.
+//   group 128, a choice per 8 columns 0.0655, 4.375; group 64 0.0626, 4.5.
 // Look-up is vpermb in one 64-byte register, the choice being index bits 4 and 5.
 // An imported checkpoint keeps its codes and scales bit for bit under the linear book, -8..7, and makes no choices.
 // Entries are stored + 128, as the unsigned operand of vpdpbusd; see int8.h.
