@@ -136,6 +136,7 @@ void bind_weights(py::module_& m) {
       .def_readonly("lines", &MatrixLayout::lines)
       .def_readonly("scale_cols", &MatrixLayout::scale_cols)
       .def_readonly("scale_offset", &MatrixLayout::scale_offset)
+      .def_readonly("choice_offset", &MatrixLayout::choice_offset)
       .def_readonly("tile_bytes", &MatrixLayout::tile_bytes);
   py::class_<ExpertLayout>(m, "ExpertLayout")
       .def(py::init([](const std::string& method, int64_t hidden, int64_t intermediate, int group, const std::string& book) {

@@ -19,7 +19,7 @@
 // With integer ones (IntegerFormat):
 //   group          columns of a row that share an fp16 scale, by default; K is padded to whole groups
 //   hidden_parts   int8 parts of an intermediate value
-//   weight(...)    the weight, scale included; put(...) stores a code
+//   weight(...)    the weight, scale included; put(...) stores a code. INT4 looks its codes up in books of entries
 #pragma once
 #include <cstdint>
 
@@ -31,8 +31,9 @@ inline constexpr int kLanes = 16;  // rows that are quantised together: a vector
 inline constexpr int kTileRows = 2 * kLanes;
 inline constexpr int kLineBytes = 4 * kTileRows;
 inline constexpr int kScaleBlock = 128;   // side of the blocks of an FP8 checkpoint that share a scale
+inline constexpr int kChoiceLines = 16;   // lines of a row whose choices of a book fill a word
 inline constexpr int kInputBlock = 128;   // activations of a token that share a scale in integer formats
-inline constexpr int kLayoutVersion = 2;  // of everything in format/; packed files carry it
+inline constexpr int kLayoutVersion = 3;  // of everything in format/; packed files carry it
 
 template <class F> concept IntegerFormat = requires { F::hidden_parts; };
 

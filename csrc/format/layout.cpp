@@ -16,22 +16,23 @@ int64_t checked(const char* what, int64_t dim) {
 
 Quantization checked_quantization(Format format, int group, std::string& book) {
   Quantization q;
+  if (format == Format::int4) {
+    if (book.empty()) book = "gaussian";
+    CHECK(book == "gaussian" || book == "linear", "book is '", book, "', must be gaussian or linear");
+    q.choices = book == "gaussian";
+    q.books = (q.choices ? kGaussianBooks : kLinearBooks).entry;
+  } else {
+    CHECK(book.empty(), "book is '", book, "', but ", format_name(format), " has no books");
+  }
   with_format(format, [&](auto f) {
     using F = decltype(f);
     if constexpr (IntegerFormat<F>) {
-      q.group = group ? group : F::group;
+      q.group = group ? group : book == "linear" ? kLinearGroup : F::group;
       CHECK(q.group == 32 || q.group == 64 || q.group == 128, "group is ", group, ", must be 32, 64 or 128 in ", F::name);
     } else {
       CHECK(group == 0, "group is ", group, ", but ", F::name, " has no groups");
     }
   });
-  if (format != Format::int4) {
-    CHECK(book.empty(), "book is '", book, "', but ", format_name(format), " has no books");
-    return q;
-  }
-  if (book.empty()) book = "gaussian";
-  CHECK(book == "gaussian" || book == "linear", "book is '", book, "', must be gaussian or linear");
-  q.books = (book == "linear" ? kLinearBooks : kGaussianBooks).entry;
   return q;
 }
 
@@ -63,7 +64,8 @@ MatrixLayout::MatrixLayout(Format format, int64_t rows, int64_t cols, Quantizati
     }
   });
   scale_offset = lines * kLineBytes;
-  tile_bytes = scale_offset + round_up(scale_cols * scale_bytes, kLineBytes);
+  choice_offset = scale_offset + round_up(scale_cols * scale_bytes, kLineBytes);
+  tile_bytes = choice_offset + (quantization.choices ? ceil_div(lines, kChoiceLines) * kLineBytes : 0);
 }
 
 ExpertLayout::ExpertLayout(Format format, int64_t hidden, int64_t intermediate, int group, const std::string& book)

@@ -103,14 +103,31 @@ template <class F, class S> class Packer {
   const Code* codes_;
 };
 
-// 16 rows of an integer format's tile, from row `lane` on. codes: [column][16], padding included; scales: [group][16].
-template <class F> void place_rows(const MatrixLayout& m, const uint8_t* codes, const uint16_t* scales, int64_t lane, uint8_t* tile) {
+// 16 rows of an integer format, padding included.
+struct Quantized {
+  std::vector<uint8_t> codes;    // [column][16]
+  std::vector<uint16_t> scales;  // [group][16]
+  std::vector<uint8_t> choices;  // [line][16], empty if there are none
+
+  explicit Quantized(const MatrixLayout& m)
+      : codes(m.scale_cols * m.quantization.group * kLanes),
+        scales(m.scale_cols * kLanes),
+        choices(m.quantization.choices ? m.lines * kLanes : 0) {}
+};
+
+// Into the tile, from row `lane` on.
+template <class F> void place_rows(const MatrixLayout& m, const Quantized& q, int64_t lane, uint8_t* tile) {
   if (lane == 0) std::memset(tile, 0, m.tile_bytes);
   for (int64_t k = 0; k < m.lines * F::line_k; k++)
     for (int64_t r = 0; r < kLanes; r++)
-      F::put(tile + k / F::line_k * kLineBytes + (lane + r) * 4, static_cast<int>(k % F::line_k), codes[k * kLanes + r]);
-  auto* to = reinterpret_cast<uint16_t*>(tile + m.scale_offset) + lane;
-  for (int64_t g = 0; g < m.scale_cols; g++) std::copy_n(scales + g * kLanes, kLanes, to + g * kTileRows);
+      F::put(tile + k / F::line_k * kLineBytes + (lane + r) * 4, static_cast<int>(k % F::line_k), q.codes[k * kLanes + r]);
+  auto* scales = reinterpret_cast<uint16_t*>(tile + m.scale_offset) + lane;
+  for (int64_t g = 0; g < m.scale_cols; g++) std::copy_n(&q.scales[g * kLanes], kLanes, scales + g * kTileRows);
+  auto* choices = reinterpret_cast<uint32_t*>(tile + m.choice_offset) + lane;
+  for (size_t i = 0; i < q.choices.size(); i++) {
+    const int64_t line = i / kLanes, row = i % kLanes;
+    choices[line / kChoiceLines * kTileRows + row] |= uint32_t{q.choices[i]} << 2 * (line % kChoiceLines);
+  }
 }
 
 // The bf16 scales of the columns of `part`, in its blob.
@@ -157,11 +174,9 @@ void store_scales(const std::vector<int>& exponents, uint16_t* scales) {
 template <class F, class S> void pack_quantized(const ExpertLayout& layout, Part part, const SourceMatrix& from,
                                                 Quantize quantize, uint8_t* blob) {
   const MatrixLayout& m = layout.matrix(part);
-  const int64_t padded = m.scale_cols * m.quantization.group;
   const Unscaling scale(layout, part, blob);
-  std::vector<float> weights(padded * kLanes);
-  std::vector<uint8_t> codes(padded * kLanes);
-  std::vector<uint16_t> scales(m.scale_cols * kLanes);
+  Quantized q(m);
+  std::vector<float> weights(q.codes.size());
   for (int64_t first = 0; first < m.tiles * kTileRows; first += kLanes) {
     uint8_t* tile = blob + layout.first_tile(part) + first / kTileRows * layout.tile_stride(part);
     const int64_t rows = std::clamp<int64_t>(m.rows - first, 0, kLanes);
@@ -169,9 +184,18 @@ template <class F, class S> void pack_quantized(const ExpertLayout& layout, Part
     for (int64_t r = 0; r < rows; r++)
       for (int64_t k = 0; k < m.cols; k++)
         weights[k * kLanes + r] = weight_at<S>(from, m.cols, first + r, k) / scale.at(first + r, k);
-    quantize({weights.data(), m.scale_cols, m.quantization.group, m.quantization.books, codes.data(), scales.data()});
-    place_rows<F>(m, codes.data(), scales.data(), first % kTileRows, tile);
+    quantize({weights.data(), m.scale_cols, m.quantization.group, m.quantization.books, q.codes.data(), q.scales.data(),
+              q.choices.empty() ? nullptr : q.choices.data()});
+    place_rows<F>(m, q, first % kTileRows, tile);
   }
+}
+
+// That of row r's weights in a line.
+const uint8_t* chosen_book(const MatrixLayout& m, const uint8_t* tile, int64_t r, int64_t line) {
+  if (!m.quantization.choices) return m.quantization.books;
+  uint32_t word;
+  std::memcpy(&word, tile + m.choice_offset + (line / kChoiceLines * kTileRows + r) * sizeof word, sizeof word);
+  return m.quantization.books + (word >> 2 * (line % kChoiceLines) & 3) * kBookEntries;
 }
 
 template <class F> void dequantize(const ExpertLayout& layout, Part part, const uint8_t* blob, float* out) {
@@ -186,7 +210,7 @@ template <class F> void dequantize(const ExpertLayout& layout, Part part, const 
       if constexpr (IntegerFormat<F>) {
         uint16_t scale;
         std::memcpy(&scale, tile + m.scale_offset + (col / m.quantization.group * kTileRows + r) * sizeof scale, sizeof scale);
-        value = F::weight(quad, k, scale, m.quantization.books) * Unscaling(layout, part, blob).at(row, col);
+        value = F::weight(quad, k, scale, chosen_book(m, tile, r, col / F::line_k)) * Unscaling(layout, part, blob).at(row, col);
       } else {
         typename F::Code code;
         std::memcpy(&code, quad + F::place(k) * sizeof code, sizeof code);
@@ -202,18 +226,17 @@ template <class F> void dequantize(const ExpertLayout& layout, Part part, const 
 void place_codes(const ExpertLayout& layout, Part part, const Codes& from, uint8_t* blob) {
   const MatrixLayout& m = layout.matrix(part);
   const int64_t row_bytes = (m.cols + 7) / 8 * 4;
-  std::vector<uint8_t> columns(m.lines * Int4::line_k * kLanes);
-  std::vector<uint16_t> group_scales(m.scale_cols * kLanes);
+  Quantized q(m);
   for (int64_t first = 0; first < m.tiles * kTileRows; first += kLanes) {
     uint8_t* tile = blob + layout.first_tile(part) + first / kTileRows * layout.tile_stride(part);
-    std::fill(columns.begin(), columns.end(), 8);  // weight 0
-    std::fill(group_scales.begin(), group_scales.end(), 0);
+    std::fill(q.codes.begin(), q.codes.end(), 8);  // weight 0
+    std::fill(q.scales.begin(), q.scales.end(), 0);
     for (int64_t r = 0; r < std::clamp<int64_t>(m.rows - first, 0, kLanes); r++) {
       const uint8_t* row = from.codes + (first + r) * row_bytes;
-      for (int64_t k = 0; k < m.cols; k++) columns[k * kLanes + r] = row[k / 2] >> (k % 2 * 4) & 15;
-      for (int64_t g = 0; g < m.scale_cols; g++) group_scales[g * kLanes + r] = from.scales[(first + r) * m.scale_cols + g];
+      for (int64_t k = 0; k < m.cols; k++) q.codes[k * kLanes + r] = row[k / 2] >> (k % 2 * 4) & 15;
+      for (int64_t g = 0; g < m.scale_cols; g++) q.scales[g * kLanes + r] = from.scales[(first + r) * m.scale_cols + g];
     }
-    place_rows<Int4>(m, columns.data(), group_scales.data(), first % kTileRows, tile);
+    place_rows<Int4>(m, q, first % kTileRows, tile);
   }
 }
 

@@ -11,13 +11,14 @@ constexpr int kRefinements = 2;
 
 }  // namespace
 
-struct QuantizeArgs {  // 16 rows, group by group
+struct QuantizeArgs {  // 16 rows, group by group; books and choices are INT4's
   const float* weights;  // [groups * group][16], finite
   int64_t groups;
   int group;
-  const uint8_t* books;  // of INT4
+  const uint8_t* books;
   uint8_t* codes;        // [groups * group][16]
   uint16_t* scales;      // [groups][16], fp16
+  uint8_t* choices;      // [groups * group / 8][16]; null: all are 0
 };
 
 using Quantize = void (*)(const QuantizeArgs&);

@@ -118,6 +118,7 @@ template <class F, int NV, int MT> struct MicroKernel {
       for (int64_t n = 0; n < a.lines; n += block, scales += sizeof(float)) {
         each_sum<NV, MT>([&](int i, int m) { acc[i][m] = set1(0); });
         walk(a, n, n + block < a.lines ? n + block : a.lines, acc);
+        asm("" ::: "memory");  // or gcc carries the sums through the loop in registers, and spills them
         prefetch(scales + a.next_scales);
         const F32 scale = set1(*reinterpret_cast<const float*>(scales));
         each_sum<NV, MT>([&](int i, int m) {

@@ -154,35 +154,15 @@ template <class F, int NA> inline void multiply(const uint32_t* const (&x)[2], i
 
 template <class F> constexpr int kWidened = F::line_k / F::step_k;  // B lines in a line of the tile
 
-template <class F> struct Widen;  // a line -> two B lines
-template <> struct Widen<Fp8> {
-  explicit Widen(const GemmArgs&) {}
-  void operator()(const uint8_t* line, int64_t, uint8_t* out) {
+// Lines [begin, end) as twice as many B lines.
+inline void widen_fp8(const GemmArgs& g, int64_t begin, int64_t end, uint8_t* out) {
+  for (int64_t n = begin; n < end; n++, out += 2 * kLineBytes)
     for (int v = 0; v < kLineBytes; v += kVectorBytes) {
       Line<Fp8> pairs;
-      pairs.read(line + v);
+      pairs.read(g.tile + n * kLineBytes + v);
       for (int i = 0; i < 2; i++) _mm512_store_si512(out + i * kLineBytes + v, (__m512i)pairs.w[i].v);
     }
-  }
-};
-template <> struct Widen<Int4> {
-  const Quantization& quantization;
-  const uint16_t* scales;
-  BookChoice choice[kTileRows / kLanes];
-
-  explicit Widen(const GemmArgs& g)
-      : quantization(g.layout->quantization), scales(reinterpret_cast<const uint16_t*>(g.tile + g.layout->scale_offset)) {}
-  void operator()(const uint8_t* line, int64_t n, uint8_t* out) {
-    const int column = static_cast<int>(n * Int4::line_k), group = column / quantization.group;
-    const bool begins = column == group * quantization.group;
-    for (int v = 0; v < kTileRows / kLanes; v++) {
-      if (begins) choice[v] = choose_books(quantization.books, scales + group * kTileRows + v * kLanes);
-      DotLine<Int4> bytes;
-      bytes.read(line + v * kVectorBytes, choice[v]);
-      for (int i = 0; i < 2; i++) _mm512_store_si512(out + i * kLineBytes + v * kVectorBytes, bytes.w[i].v);
-    }
-  }
-};
+}
 
 inline const uint8_t* next_tile(const GemmArgs& g) { return g.next != nullptr ? g.next : g.tile + g.layout->tile_bytes; }
 
@@ -200,16 +180,13 @@ inline void prefetch_after(const GemmArgs& g, int64_t line, int64_t count) {
 template <class F> const uint8_t* b_lines(const GemmArgs& g, int64_t begin, int64_t end, uint8_t* panel) {
   const int64_t first = begin / kWidened<F>, last = end / kWidened<F>;
   const uint8_t* line = g.tile + first * kLineBytes;
-  uint8_t* out = panel;
   if constexpr (kWidened<F> == 1) {
     if (IntegerFormat<F> || (end - begin) % kChunkWords == 0) return line;
     __builtin_memcpy(panel, line, (end - begin) * kLineBytes);
   } else {
-    Widen<F> widen(g);
-    for (int64_t n = first; n < last; n++, line += kLineBytes, out += 2 * kLineBytes) {
-      prefetch_after(g, n, 1);
-      widen(line, n, out);
-    }
+    prefetch_after(g, first, last - first);
+    if constexpr (IntegerFormat<F>) widen(g, 0, first, last, panel);
+    else widen_fp8(g, first, last, panel);
   }
   const int64_t lines = end - begin, chunks = (lines + kChunkWords - 1) / kChunkWords;
   __builtin_memset(panel + lines * kLineBytes, 0, (chunks * kChunkWords - lines) * kLineBytes);

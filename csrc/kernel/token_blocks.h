@@ -6,7 +6,7 @@
 namespace hetero {
 namespace {
 
-template <class F> constexpr int block_tokens = F::scale_block ? kFoldTokens : kTokens;
+template <class F> constexpr int block_tokens = kTokens;
 template <IntegerFormat F> constexpr int block_tokens<F> = kDotTokens;
 
 struct TokenBlocks {

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kVectors = 1;
 constexpr int kTokens = 4;  // 8 sums + 4 weights + 2 activations of 16 registers
-constexpr int kFoldTokens = 4;
 constexpr int kDotTokens = 4;  // 8 accumulators + 4 weights + 2 activations; the fp32 sums wait in memory
 
 struct F32 {
@@ -25,7 +24,7 @@ struct Bytes {  // 16-bit lanes: bytes 0 and 2 of each row, and bytes 1 and 3
 };
 struct BookChoice {
   __m128i book[4];
-  I32 bit0, bit1;  // of each row's choice, as the top bit of each of its bytes
+  I32 lines;
 };
 struct Pair {
   F32 even, odd;
@@ -169,26 +168,35 @@ inline Bytes widen_bytes(__m256i lo, __m256i hi) {
 }
 inline Bytes load_bytes(const uint8_t* line) { return widen_bytes(half_line(line), half_line(line + 32)); }
 
-inline BookChoice choose_books(const uint8_t* books, const uint16_t* scales) {
+inline BookChoice choose_books(const uint8_t* books, const uint32_t* choices) {
   BookChoice r;
   for (int i = 0; i < 4; i++) r.book[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(books) + i);
-  const auto top = [&](int half, int bit) {
-    const __m256i h = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 8 * half)));
-    return _mm256_srai_epi32(_mm256_slli_epi32(h, 31 - bit), 31);
-  };
-  r.bit0 = {top(0, 0), top(1, 0)};
-  r.bit1 = {top(0, 1), top(1, 1)};
+  r.lines = set1_int(0);
+  const auto* words = reinterpret_cast<const __m256i*>(choices);
+  if (choices != nullptr) r.lines = {_mm256_loadu_si256(words), _mm256_loadu_si256(words + 1)};
   return r;
 }
-inline void look_up(const uint8_t* line, const BookChoice& c, Bytes& low, Bytes& high) {
-  const auto chosen = [&](__m256i code, __m256i bit0, __m256i bit1) {
-    const auto in = [&](int i) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(c.book[i]), code); };
-    return _mm256_blendv_epi8(_mm256_blendv_epi8(in(0), in(1), bit0), _mm256_blendv_epi8(in(2), in(3), bit0), bit1);
+inline void look_up(const uint8_t* line, BookChoice& c, Bytes& low, Bytes& high) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const auto half = [&](const uint8_t* codes, __m256i& lines, __m256i& lower, __m256i& upper) {
+    const __m256i bit0 = _mm256_srai_epi32(_mm256_slli_epi32(lines, 31), 31), bit1 = _mm256_srai_epi32(_mm256_slli_epi32(lines, 30), 31);
+    const auto chosen = [&](__m256i code) {
+      const auto in = [&](int i) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(c.book[i]), code); };
+      return _mm256_blendv_epi8(_mm256_blendv_epi8(in(0), in(1), bit0), _mm256_blendv_epi8(in(2), in(3), bit0), bit1);
+    };
+    const __m256i both = half_line(codes);
+    lower = chosen(_mm256_and_si256(both, nibble)), upper = chosen(_mm256_and_si256(_mm256_srli_epi16(both, 4), nibble));
+    lines = _mm256_srli_epi32(lines, 2);
   };
-  const __m256i nibble = _mm256_set1_epi8(15), a = half_line(line), b = half_line(line + 32);
-  const auto upper = [&](__m256i v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble); };
-  low = widen_bytes(chosen(_mm256_and_si256(a, nibble), c.bit0.lo, c.bit1.lo), chosen(_mm256_and_si256(b, nibble), c.bit0.hi, c.bit1.hi));
-  high = widen_bytes(chosen(upper(a), c.bit0.lo, c.bit1.lo), chosen(upper(b), c.bit0.hi, c.bit1.hi));
+  __m256i lower[2], upper[2];
+  half(line, c.lines.lo, lower[0], upper[0]), half(line + 32, c.lines.hi, lower[1], upper[1]);
+  low = widen_bytes(lower[0], lower[1]), high = widen_bytes(upper[0], upper[1]);
+}
+inline void store_line(uint8_t* line, const Bytes& w) {
+  const auto half = [&](int at, __m256i even, __m256i odd) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(line + at), _mm256_or_si256(even, _mm256_slli_epi16(odd, 8)));
+  };
+  half(0, w.even.lo, w.odd.lo), half(32, w.even.hi, w.odd.hi);
 }
 // vpmaddubsw would saturate; 16-bit lanes are exact.
 inline I32 dot(I32 acc, const Bytes& w, uint32_t x) {

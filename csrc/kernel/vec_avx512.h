@@ -15,7 +15,6 @@ namespace {
 
 constexpr int kVectors = 2;
 constexpr int kTokens = 12;  // 2 x 12 sums + 2 weights + 1 activation of 32 registers
-constexpr int kFoldTokens = 8;  // 16 sums, since widening needs registers too
 constexpr int kDotTokens = 6;  // 2 x 6 accumulators and as many fp32 sums
 
 struct F32 {
@@ -81,9 +80,6 @@ inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I32 round(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline int32_t total(I32 a) { return _mm512_reduce_add_epi32(a.v); }
 inline void store_bytes(uint8_t* p, I32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
-inline __m512i scale_dwords(const uint16_t* scales) {
-  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
-}
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 
@@ -94,17 +90,21 @@ inline Bytes load_bytes(const uint8_t* line) { return {whole_line(line)}; }
 
 struct BookChoice {
   __m512i books;
-  __m512i index;  // the choice in bits 4 and 5 of each byte; vpermb ignores bits 6 and 7
+  __m512i lines;  // the next line's choice in bits 4 and 5
 };
-inline BookChoice choose_books(const uint8_t* books, const uint16_t* scales) {
-  const __m512i first_of_four = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
-  return {whole_line(books), _mm512_shuffle_epi8(_mm512_slli_epi32(scale_dwords(scales), 4), first_of_four)};
+inline BookChoice choose_books(const uint8_t* books, const uint32_t* choices) {
+  return {whole_line(books), choices == nullptr ? _mm512_setzero_si512() : _mm512_rol_epi32(_mm512_loadu_si512(choices), 4)};
 }
-inline void look_up(const uint8_t* line, const BookChoice& c, Bytes& low, Bytes& high) {
-  const __m512i codes = whole_line(line), nibble = _mm512_set1_epi8(15);
-  low.v = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(codes, nibble, c.index, 0xEA), c.books);  // (codes & 15) | index
-  high.v = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 4), nibble, c.index, 0xEA), c.books);
+inline void look_up(const uint8_t* line, BookChoice& c, Bytes& low, Bytes& high) {
+  const __m512i first_of_four = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0), nibble = _mm512_set1_epi8(15);
+  const __m512i codes = whole_line(line), choice = _mm512_shuffle_epi8(c.lines, first_of_four);
+  const auto chosen = [&](__m512i code) {  // vpermb ignores bits 6 and 7 of (code & 15) | (choice & ~15)
+    return _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(code, nibble, choice, 0xE2), c.books);
+  };
+  low.v = chosen(codes), high.v = chosen(_mm512_srli_epi16(codes, 4));
+  c.lines = _mm512_ror_epi32(c.lines, 2);
 }
+inline void store_line(uint8_t* line, const Bytes& w) { _mm512_store_si512(line, w.v); }
 // gcc 12 copies every accumulator twice around the intrinsic, and spills.
 inline I32 dot(I32 acc, Bytes w, uint32_t x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(_mm512_set1_epi32(static_cast<int>(x))));
@@ -120,29 +120,28 @@ inline Bytes widen_bytes(__m512i b) { return {_mm512_and_si512(b, _mm512_set1_ep
 inline Bytes load_bytes(const uint8_t* line) { return widen_bytes(whole_line(line)); }
 
 struct BookChoice {
-  __m512i book[4];
-  __mmask64 is[4];  // the rows of each book, by byte
+  __m512i book[4], lines;
 };
-inline BookChoice choose_books(const uint8_t* books, const uint16_t* scales) {
+inline BookChoice choose_books(const uint8_t* books, const uint32_t* choices) {
   BookChoice r;
-  const __m512i dwords = scale_dwords(scales);
-  const __m512i choice = _mm512_and_si512(dwords, _mm512_set1_epi32(3));
-  const __m512i bytes = _mm512_shuffle_epi8(choice, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
-  for (int i = 0; i < 4; i++) {
-    r.book[i] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(books) + i));
-    r.is[i] = _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(static_cast<char>(i)));
-  }
+  for (int i = 0; i < 4; i++) r.book[i] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(books) + i));
+  r.lines = choices == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(choices);
   return r;
 }
-inline void look_up(const uint8_t* line, const BookChoice& c, Bytes& low, Bytes& high) {
+inline void look_up(const uint8_t* line, BookChoice& c, Bytes& low, Bytes& high) {
   const __m512i codes = whole_line(line), nibble = _mm512_set1_epi8(15);
+  const __mmask16 bit0 = _mm512_test_epi32_mask(c.lines, _mm512_set1_epi32(1));
+  const __mmask16 bit1 = _mm512_test_epi32_mask(c.lines, _mm512_set1_epi32(2));
   const auto chosen = [&](__m512i code) {
-    __m512i r = _mm512_shuffle_epi8(c.book[0], code);
-    for (int i = 1; i < 4; i++) r = _mm512_mask_shuffle_epi8(r, c.is[i], c.book[i], code);
-    return widen_bytes(r);
+    const auto in = [&](int i) { return _mm512_shuffle_epi8(c.book[i], code); };
+    return _mm512_mask_blend_epi32(bit1, _mm512_mask_blend_epi32(bit0, in(0), in(1)), _mm512_mask_blend_epi32(bit0, in(2), in(3)));
   };
-  low = chosen(_mm512_and_si512(codes, nibble));
-  high = chosen(_mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
+  low = widen_bytes(chosen(_mm512_and_si512(codes, nibble)));
+  high = widen_bytes(chosen(_mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble)));
+  c.lines = _mm512_srli_epi32(c.lines, 2);
+}
+inline void store_line(uint8_t* line, const Bytes& w) {
+  _mm512_store_si512(line, _mm512_or_si512(w.even, _mm512_slli_epi16(w.odd, 8)));
 }
 // vpmaddubsw would saturate; 16-bit lanes are exact.
 inline I32 dot(I32 acc, const Bytes& w, uint32_t x) {

@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kVectors = 1;     // vectors of 16 rows side by side in a register block: 1, or the tile's 2
 constexpr int kTokens = 4;      // most tokens of a block
-constexpr int kFoldTokens = 4;  // the same where sums are folded with a scale
 constexpr int kDotTokens = 4;   // the same for integer dots
 
 struct F32 {
@@ -25,8 +24,9 @@ struct I32 {
 struct Bytes {  // four unsigned bytes of each of 16 rows
   uint8_t v[64];
 };
-struct BookChoice {  // INT4's book of each of 16 rows
-  const uint8_t* book[16];
+struct BookChoice {  // INT4's books, and 16 rows' choices for the lines to come, two bits each
+  const uint8_t* books;
+  uint32_t lines[16];
 };
 struct Pair {  // one bf16 pair (k, k + 1) of each of 16 rows
   F32 even, odd;
@@ -126,18 +126,20 @@ inline Bytes load_bytes(const uint8_t* line) {
   std::memcpy(r.v, line, 64);
   return r;
 }
-// By the two lowest bits of 16 scales.
-inline BookChoice choose_books(const uint8_t* books, const uint16_t* scales) {
-  BookChoice r;
-  for (int i = 0; i < 16; i++) r.book[i] = books + (scales[i] & 3) * 16;
+inline BookChoice choose_books(const uint8_t* books, const uint32_t* choices) {  // null: book 0
+  BookChoice r{books, {}};
+  if (choices != nullptr) std::memcpy(r.lines, choices, sizeof r.lines);
   return r;
 }
-inline void look_up(const uint8_t* line, const BookChoice& choice, Bytes& low, Bytes& high) {
+inline void look_up(const uint8_t* line, BookChoice& c, Bytes& low, Bytes& high) {  // line by line
   for (int i = 0; i < 64; i++) {
-    low.v[i] = choice.book[i / 4][line[i] & 15];
-    high.v[i] = choice.book[i / 4][line[i] >> 4];
+    const uint8_t* book = c.books + (c.lines[i / 4] & 3) * 16;
+    low.v[i] = book[line[i] & 15];
+    high.v[i] = book[line[i] >> 4];
   }
+  for (uint32_t& row : c.lines) row >>= 2;
 }
+inline void store_line(uint8_t* line, const Bytes& w) { std::memcpy(line, w.v, 64); }
 // Exact: each row's four weights times the four signed bytes of x.
 inline I32 dot(I32 acc, const Bytes& w, uint32_t x) {
   const auto signed_byte = [&](int k) { return static_cast<int8_t>(x >> (8 * k)); };

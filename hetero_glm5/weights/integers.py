@@ -15,6 +15,7 @@ from hetero_glm5 import _C
 
 _HALF_MAX = 65504.0  # largest fp16 value
 _MOST_EXPONENT = 6
+_LINE = 8  # columns of INT4 that choose a book together
 
 
 def column_scales(gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,28 +46,32 @@ def quantize_int8(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8).permute(1, 2, 0).reshape(len(weight), -1)[:, : weight.shape[1]], scales
 
 
-def quantize_int4(weight: Tensor, group: int, books: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """[N, K] float -> codes uint8 [N, K], 0..15, fp16 scales [N, ceil(K/group)]; w = book[code] * scale.
+def quantize_int4(weight: Tensor, group: int, books: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, K] float -> codes uint8 [N, K], 0..15, fp16 scales [N, ceil(K/group)], choices uint8 [N, ceil(K/8)], 0..3;
+    w = books[choice][code] * scale.
 
-    books: four of 16 entries, ascending; the two lowest bits of a group's scale say which one it uses. Book and scale
-    are searched as csrc/kernel/quantize.h says, with the same products and sums in the same order.
+    books: up to four of 16 entries, ascending; every 8 columns of a row choose one. Scales and choices are searched as
+    csrc/kernel/quantize.h says, with the same products and sums in the same order.
     """
     columns = _columns(weight, group)
     tables = torch.tensor(books, dtype=torch.float32).view(-1, _C.BOOK_ENTRIES)
     extreme = torch.zeros_like(columns[0])
     for column in columns:
         extreme = torch.where(column.abs() > extreme.abs(), column, extreme)
-    best = (torch.zeros_like(extreme),) * 3  # score, scale, book
-    for number, table in enumerate(tables.unique_consecutive(dim=0)):
-        for position in _C.INT4_EXTREMES:
-            inverse = -table[0] * torch.tensor(position, dtype=torch.float32) / extreme
-            best = _better(best, columns, inverse, table.expand(*extreme.shape, -1), float(number))
-    own = tables[best[2].long()]  # [N, groups, 16]
+    best = (torch.zeros_like(extreme),) * 2  # score, scale
+    for position in _C.INT4_EXTREMES:
+        best = _better(best, columns, tables, -tables[0, 0] * torch.tensor(position) / extreme)
     for _ in range(_C.INT4_REFINEMENTS):
-        best = _better(best, columns, 1 / best[1], own, best[2])
-    scales = _scale_with_book(best[1], best[2].short())
-    codes = _nearest(columns * (1 / scales.float()), own)
-    return codes.to(torch.uint8).permute(1, 2, 0).reshape(len(weight), -1)[:, : weight.shape[1]], scales
+        best = _better(best, columns, tables, 1 / best[1])
+    scales = best[1].clamp(-_HALF_MAX, _HALF_MAX).half()
+    inverse = 1 / scales.float()
+    choices, codes = [], []
+    for line in columns.split(_LINE):
+        choices.append(_fit_line(line, tables, inverse)[2])
+        codes += [_nearest(column * inverse, tables[choices[-1]]) for column in line]
+    rows, cols = weight.shape
+    whole = [torch.stack(parts, -1).reshape(rows, -1) for parts in (codes, choices)]
+    return whole[0][:, :cols].to(torch.uint8), scales, whole[1][:, : -(-cols // _LINE)].to(torch.uint8)
 
 
 def _row_sum(weight: Tensor) -> Tensor:
@@ -93,26 +98,34 @@ def _columns(weight: Tensor, group: int) -> Tensor:
 
 
 def _nearest(values: Tensor, table: Tensor) -> Tensor:
-    """values [..., N, groups], table [N, groups, 16] -> how many midpoints each value exceeds; NaN exceeds none."""
+    """values [N, groups], table [16] or [N, groups, 16] -> int64, how many midpoints each exceeds; NaN exceeds none."""
     middles = (table[..., :-1] + table[..., 1:]) * 0.5
-    return sum((values > middles[..., i]).to(torch.uint8) for i in range(middles.shape[-1]))
+    return sum((values > middles[..., i]).long() for i in range(middles.shape[-1]))
 
 
-def _better(best: tuple[Tensor, ...], columns: Tensor, inverse: Tensor, table: Tensor, book: Tensor | float):
-    """(score, scale, book), updated where the entries nearest to columns * inverse leave a smaller error."""
+def _fit_line(line: Tensor, tables: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w.b, b.b and the number of the book whose entries b are nearest to w * inverse, for the 8 columns of a line."""
+    best = least = None
+    for number, table in enumerate(tables):
+        wb, bb = torch.zeros_like(inverse), torch.zeros_like(inverse)
+        for column in line:
+            entry = table[_nearest(column * inverse, table)]
+            wb, bb = wb + column * entry, bb + entry * entry
+        loss = bb - 2 * (inverse * wb)
+        found = (wb, bb, torch.full_like(inverse, number, dtype=torch.int64))
+        if best is None:
+            best, least = found, loss
+        else:
+            best = tuple(torch.where(least > loss, new, old) for new, old in zip(found, best, strict=True))
+            least = torch.where(least > loss, loss, least)
+    return best
+
+
+def _better(best: tuple[Tensor, ...], columns: Tensor, tables: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
+    """(score, scale), updated where the entries nearest to columns * inverse leave a smaller error."""
     wb, bb = torch.zeros_like(inverse), torch.zeros_like(inverse)
-    entries = table.gather
-    for column in columns:
-        b = entries(-1, _nearest(column * inverse, table).long()[..., None])[..., 0]
-        wb, bb = wb + column * b, bb + b * b
+    for line in columns.split(_LINE):
+        line_wb, line_bb, _ = _fit_line(line, tables, inverse)
+        wb, bb = wb + line_wb, bb + line_bb
     score = wb * wb / bb
-    found = (score, wb / bb, torch.as_tensor(book).expand_as(score))
-    return tuple(torch.where(score > best[0], new, old) for new, old in zip(found, best, strict=True))
-
-
-def _scale_with_book(scale: Tensor, book: Tensor) -> Tensor:
-    """The fp16 nearest to each scale whose two lowest bits are `book`; 0 stays 0."""
-    bits = scale.half().view(torch.int16)
-    nearest = ((bits & 0x7FFF) - book + 2 & ~3) + book
-    nearest = torch.minimum(torch.maximum(nearest, book), 0x7BFC + book)
-    return torch.where(scale == 0, 0, nearest | (bits & -0x8000)).view(torch.float16)
+    return tuple(torch.where(score > best[0], new, old) for new, old in zip((score, wb / bb), best, strict=True))

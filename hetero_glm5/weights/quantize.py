@@ -31,7 +31,8 @@ class ExpertLayout:
     """Where the weights of one expert are inside its blob.
 
     method: one of METHODS. hidden (H), intermediate (I): any size from 1; gate and up are [I, H], down is [H, I].
-    group: columns of a row that share a scale, 32, 64 or 128, in INT8 (default 128) and INT4 (default 32). book: the
+    group: columns of a row that share a scale, 32, 64 or 128, in INT8 and INT4; 128 by default, 32 in
+    the linear book. book: the
     16-entry code books of INT4, "gaussian" (the default) or "linear" (-8..7, what imported checkpoints have).
     """
 
@@ -124,17 +125,26 @@ class ExpertLayout:
 
     def _unpack_integers(self, m: _C.MatrixLayout, tiles: Tensor) -> Tensor:
         codes = tiles[:, : m.scale_offset].reshape(m.tiles, m.lines, _C.TILE_ROWS, 4).transpose(1, 2)
-        scales = tiles[:, m.scale_offset :].contiguous().view(torch.float16)[:, : m.scale_cols * _C.TILE_ROWS]
+        scales = tiles[:, m.scale_offset : m.choice_offset].contiguous().view(torch.float16)
+        scales = scales[:, : m.scale_cols * _C.TILE_ROWS]
         scales = scales.reshape(m.tiles, m.scale_cols, _C.TILE_ROWS).transpose(1, 2)  # [tiles, 32, groups]
         if self.method == "INT4":
-            codes = torch.stack((codes & 15, codes >> 4), 3)  # [tiles, 32, lines, 2, 4]
-            book = (scales.contiguous().view(torch.int16) & 3).long()[..., None]
-            entry = codes.reshape(m.tiles, _C.TILE_ROWS, m.scale_cols, self.group).long() + _C.BOOK_ENTRIES * book
-            values = torch.tensor(self._c.books, dtype=torch.float32, device=tiles.device)[entry]
+            codes = torch.stack((codes & 15, codes >> 4), 3).long()  # [tiles, 32, lines, 2, 4]
+            if self.book == "gaussian":
+                codes += _C.BOOK_ENTRIES * self._choices(m, tiles)[..., None, None]
+            values = torch.tensor(self._c.books, dtype=torch.float32, device=tiles.device)[codes]
         else:
-            values = codes.reshape(m.tiles, _C.TILE_ROWS, m.scale_cols, self.group).float() - 128
-        weights = values * scales.float()[..., None]
+            values = codes.float() - 128
+        weights = values.reshape(m.tiles, _C.TILE_ROWS, m.scale_cols, self.group) * scales.float()[..., None]
         return weights.reshape(m.tiles * _C.TILE_ROWS, -1)[: m.rows, : m.cols]
+
+    @staticmethod
+    def _choices(m: _C.MatrixLayout, tiles: Tensor) -> Tensor:
+        """int64 [tiles, 32, lines]: the book that each row's codes of a line are in."""
+        words = tiles[:, m.choice_offset :].contiguous().view(torch.int32).view(m.tiles, -1, _C.TILE_ROWS)
+        shifts = torch.arange(0, 32, 2, dtype=torch.int32, device=tiles.device)
+        choices = words[..., None] >> shifts & 3  # [tiles, words, 32, 16]
+        return choices.transpose(1, 2).reshape(m.tiles, _C.TILE_ROWS, -1)[..., : m.lines].long()
 
 
 class PackedExperts:

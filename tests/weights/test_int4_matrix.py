@@ -79,7 +79,7 @@ def test_what_the_layout_of_a_checkpoint_is(checkpoints):
         (checkpoint, "INT4", 32, "", (32, "gaussian")),  # not theirs, so quantised anew
         (checkpoint, "INT8", 0, "", (128, "")),
         (checkpoint, "BF16", 0, "", (0, "")),
-        (plain, "INT4", 0, "", (32, "gaussian")),
+        (plain, "INT4", 0, "", (128, "gaussian")),
         (plain, "INT4", 128, "linear", (128, "linear")),
     ]:
         layout = checkpoint_layout(source, config, method, group, book)
