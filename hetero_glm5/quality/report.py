@@ -1,0 +1,207 @@
+"""All that `hetero-glm5 bench quality` measures, as one JSON object.
+
+    format      1, the version of this description
+    model, seed, count, cpu, isa, threads, seconds
+    perplexity  method: {kind and "all": {perplexity, tokens}, "ratio": all's to BF16's}, over the tokens of held-out
+                documents that the model is to write. FP32 computes everything in fp32; in the other methods attention
+                and dense layers are bf16 and the routed experts in that format
+    deferral    count: {perplexity, tokens, ratio}, BF16 with that many experts of a token added one MoE layer later
+    sparse      {index_topk, length, ratio, kind and "all": {sparse, dense, tokens}}: perplexities in BF16 of the
+                positions from index_topk on in packed documents of 4 x index_topk tokens
+    answers     task: {asked, right, well_formed}: greedy, in BF16; well_formed (of calls) else null
+    drafting    kind and "all": {places, accepted, shares, tokens_per_step}, each by depth from 1: see drafting.py
+    routing     {experts, layers, selections, entropy, shares}: see routing.py; shares by the share of experts
+    left_out    a sentence for each part that this model cannot be measured in; the part is null or missing
+
+What cannot be computed, such as a perplexity over no tokens, is null.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from hetero_glm5.demo.corpus import KINDS, tasks
+from hetero_glm5.hardware import cpu_name
+from hetero_glm5.llm import LLM
+from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.quality.answers import Answer, ask, fits, mark
+from hetero_glm5.quality.deferral import deferring
+from hetero_glm5.quality.drafting import Drafter, count_accepted
+from hetero_glm5.quality.perplexity import Loss, losses_by_kind, total
+from hetero_glm5.quality.routing import SHARES, describe, recording
+from hetero_glm5.quality.texts import Text, held_out, packed
+from hetero_glm5.quality.variants import dense_attention, fp8_experts
+
+FORMAT = 1
+BASELINE = "BF16"
+ASKED_KINDS = ("sums", "project", "chats", "tools")
+RECALL_TOKENS = (1024, 2048, 4096)
+LONG_KINDS = ("stories", "recall")
+TOKENS_FOR_EACH = 100  # of a kind's documents, for each question of --count
+MOST_DEFERRED = 4
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    methods: tuple[str, ...]
+    count: int  # questions of each kind
+    seed: int
+    quick: bool  # recall and long texts at their smallest
+
+    @property
+    def recall_tokens(self) -> tuple[int, ...]:
+        return RECALL_TOKENS[:1] if self.quick else RECALL_TOKENS
+
+
+def measure(folder: str, options: Options, tell: Tell) -> dict[str, Any]:
+    """The whole report on the checkpoint in `folder`. `tell` hears what is being done. Raises UserError."""
+    started = time.monotonic()
+    return _Measuring(folder, options, tell).run() | {"seconds": round(time.monotonic() - started, 1)}
+
+
+class _Measuring:
+    def __init__(self, folder: str, options: Options, tell: Tell):
+        self.folder, self.options, self.tell = folder, options, tell
+        self.config = ModelConfig.load(folder)
+        self.left_out: list[str] = []
+        self.losses: dict[str, dict[str, Loss]] = {}  # by method and kind
+        self.texts: list[Text] = []
+        self.long: list[Text] = []
+        self.answers: list[Answer] = []
+        self.report: dict[str, Any] = {"format": FORMAT, "seed": options.seed, "count": options.count}
+
+    def run(self) -> dict[str, Any]:
+        with ExitStack() as stack:
+            self.scratch = Path(stack.enter_context(TemporaryDirectory(prefix="hetero-glm5-")))
+            with self._llm(BASELINE) as llm:
+                self._baseline(llm)
+            self._drafting()
+            self._methods()
+        self.report["perplexity"] = {
+            method: _by_kind(self.losses[method]) | {"ratio": self._ratio(self.losses[method])}
+            for method in dict.fromkeys((*self.options.methods, BASELINE))
+        }
+        return self.report | {"left_out": self.left_out}
+
+    def _llm(self, method: str, folder: str = "", experts: str | None = None) -> LLM:
+        dtype = "float32" if method == "FP32" else "bfloat16"
+        return LLM(folder or self.folder, device="cpu", dtype=dtype, kt_method=method, kt_weight_path=experts)
+
+    def _baseline(self, llm: LLM) -> None:
+        """Everything that one loaded BF16 model can tell."""
+        tokenizer, options = llm.tokenizer, self.options
+        assert tokenizer is not None
+        self.report |= {"cpu": cpu_name(), "isa": llm.engine.pool.isa, "threads": llm.engine.pool.threads}
+        self.tell("held-out documents")
+        longest, budget = llm.engine.context_length - 1, options.count * TOKENS_FOR_EACH
+        self.texts = [t for kind in KINDS for t in held_out(tokenizer, kind, options.seed, budget, longest)]
+        self.tell(f"perplexity, {BASELINE}")
+        with recording(llm) as recorder:
+            self.losses[BASELINE] = losses_by_kind(llm, self.texts)
+        routing = asdict(describe(recorder.take(), self.config.n_routed_experts))
+        routing["shares"] = {f"{share:g}": values for share, values in zip(SHARES, routing["shares"], strict=True)}
+        self.report["routing"] = routing | {"layers": self.config.moe_layers}
+        self._deferral(llm)
+        self._ask(llm)
+        self._sparse(llm)
+
+    def _deferral(self, llm: LLM) -> None:
+        self.report["deferral"] = {}
+        for count in range(1, min(MOST_DEFERRED, self.config.num_experts_per_tok) + 1):
+            self.tell(f"perplexity, {count} experts deferred")
+            with deferring(llm, count):
+                losses = losses_by_kind(llm, self.texts)
+            self.report["deferral"][f"{count}"] = _shown(total(losses.values())) | {"ratio": self._ratio(losses)}
+
+    def _ask(self, llm: LLM) -> None:
+        options = self.options
+        questions = {kind: tasks(kind, options.count, options.seed) for kind in ASKED_KINDS}
+        for tokens in options.recall_tokens:
+            questions[f"recall {tokens}"] = tasks("recall", max(1, options.count // 4), options.seed, tokens)
+        self.report["answers"] = {}
+        for name, asked in questions.items():
+            if not fits(llm, asked):
+                self.left_out.append(f"{name}: the context of {llm.engine.context_length} tokens is too short for it.")
+                continue
+            self.tell(f"questions: {name}")
+            self.answers += (answers := ask(llm, asked))
+            calls = [answer for answer in answers if not isinstance(answer.task.expected, str)]
+            others = [answer for answer in answers if isinstance(answer.task.expected, str)]
+            for part, given in ((f"{name}: calls", calls), (f"{name}: results" if calls else name, others)):
+                if given:
+                    self.report["answers"][part] = asdict(mark(given))
+
+    def _sparse(self, llm: LLM) -> None:
+        topk = self.config.index_topk
+        length = 4 * topk
+        self.report["sparse"] = None
+        if length > llm.engine.context_length - 1:
+            self.left_out.append(f"sparse: {length} tokens exceed the context of {llm.engine.context_length}.")
+            return
+        count = 1 if self.options.quick else 4
+        long = [t for kind in LONG_KINDS for t in packed(llm.tokenizer, kind, self.options.seed, length, count)]
+        self.tell(f"sparse attention at {length} tokens")
+        sparse = losses_by_kind(llm, long, start=topk)
+        self.tell(f"dense attention at {length} tokens")
+        copy = self.scratch / "dense"
+        copy.mkdir()
+        with self._llm(BASELINE, dense_attention(self.folder, copy)) as other:
+            dense = losses_by_kind(other, long, start=topk)
+        ratio = total(sparse.values()).perplexity / total(dense.values()).perplexity
+        kinds = {
+            kind: {"sparse": of.perplexity, "dense": to.perplexity, "tokens": of.tokens}
+            for (kind, of), to in zip(_with_all(sparse).items(), _with_all(dense).values(), strict=True)
+        }
+        self.report["sparse"] = {"index_topk": topk, "length": length, "ratio": ratio} | kinds
+
+    def _drafting(self) -> None:
+        self.report["drafting"] = None
+        if not self.config.num_nextn_predict_layers:
+            self.left_out.append("drafting: this checkpoint has no MTP layer.")
+            return
+        runs: dict[str, list[list[int]]] = {}
+        with Drafter(self.folder) as drafter:
+            for kind in ASKED_KINDS:
+                self.tell(f"drafting: {kind}")
+                texts = [(a.prompt + a.output, len(a.prompt)) for a in self.answers if a.task.kind == kind]
+                runs[kind] = drafter.runs(texts)
+        runs["all"] = [run for of_kind in runs.values() for run in of_kind]
+        found = {kind: count_accepted(of_kind) for kind, of_kind in runs.items()}
+        self.report["drafting"] = {kind: asdict(a) | {"shares": a.shares} for kind, a in found.items()}
+
+    def _methods(self) -> None:
+        for method in self.options.methods:
+            if method in self.losses:
+                continue
+            self.tell(f"perplexity, {method}")
+            experts = None
+            if method == "FP8":
+                copy = self.scratch / "fp8"
+                copy.mkdir()
+                experts = fp8_experts(self.folder, copy)
+            with self._llm(method, experts=experts) as llm:
+                self.losses[method] = losses_by_kind(llm, self.texts)
+
+    def _ratio(self, losses: dict[str, Loss]) -> float:
+        """Of the perplexity over all kinds to the baseline's."""
+        return total(losses.values()).perplexity / total(self.losses[BASELINE].values()).perplexity
+
+
+def _with_all(losses: dict[str, Loss]) -> dict[str, Loss]:
+    return losses | {"all": total(losses.values())}
+
+
+def _by_kind(losses: dict[str, Loss]) -> dict[str, Any]:
+    return {kind: _shown(loss) for kind, loss in _with_all(losses).items()}
+
+
+def _shown(loss: Loss) -> dict[str, Any]:
+    return {"perplexity": loss.perplexity, "tokens": loss.tokens}
