@@ -12,9 +12,10 @@ from hetero_glm5.core import SamplingParams, UserError
 from hetero_glm5.demo.corpus import tasks
 from hetero_glm5.llm import LLM
 from hetero_glm5.model_config import DEMO, checkpoint_folder
-from hetero_glm5.quality.answers import render
+from hetero_glm5.quality.answers import prompts
 from hetero_glm5.quality.report import ASKED_KINDS
 from hetero_glm5.quality.tracing import record as record_trace
+from hetero_glm5.server.tokenizer import Tokenizer
 
 app = typer.Typer(no_args_is_help=True, help="Record routing traces.")
 
@@ -44,10 +45,11 @@ def record(
     each = -(-requests // len(ASKED_KINDS))
     by_kind = [tasks(kind, each, seed) for kind in ASKED_KINDS]
     asked = list(chain.from_iterable(zip(*by_kind, strict=True)))[:requests]
-    flags = {"max_running_requests": together, "max_queued_requests": requests}
-    with LLM(checkpoint_folder(model), device="cpu", **flags) as llm:
-        prompts = [(task.kind, llm.tokenizer.encode(render(llm, task))) for task in asked]
-        found = record_trace(llm, prompts, SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=seed))
+    folder = checkpoint_folder(model)
+    texts = prompts(Tokenizer.from_folder(folder), asked)
+    with LLM(folder, device="cpu", max_running_requests=together, max_queued_requests=requests) as llm:
+        kinds = [task.kind for task in asked]
+        found = record_trace(llm, kinds, texts, SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=seed))
     found.save(out)
     typer.echo(
         f"{out}: {len(found)} tokens, {int(found.decode.sum())} of them decoded, of {requests} requests in "

@@ -16,7 +16,7 @@ A preempted request is computed again: its positions then come twice, the second
 from __future__ import annotations
 
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Trace:
 
     def save(self, path: Path) -> None:
         """Writes `path`, which need not end in .npz."""
-        arrays = asdict(self)
+        arrays = dict(vars(self))
         arrays |= {name: arrays[name].astype(np.int32) for name in ("step", "request", "position", "layers")}
         arrays["ids"] = self.ids.astype(np.uint8 if self.experts <= 256 else np.uint16)
         arrays |= {"experts": np.int32(self.experts), "version": np.int32(VERSION)}

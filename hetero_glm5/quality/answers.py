@@ -14,13 +14,14 @@ from typing import Any
 
 from hetero_glm5.core import SamplingParams
 from hetero_glm5.demo.corpus import Task
-from hetero_glm5.llm import LLM
+from hetero_glm5.llm import LLM, Output, Prompt
 from hetero_glm5.server.parsers import OutputParser, ParsedMessage
+from hetero_glm5.server.tokenizer import Tokenizer
 
 MAX_TOKENS = 256
 
 _NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_TAGS = ("tool_call", "arg_key", "arg_value")
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,25 @@ class Answer:
     message: ParsedMessage
     ended: bool  # by an end token, not by the limit
 
+    @classmethod
+    def of(cls, task: Task, output: Output) -> Answer:
+        text, ended = output.text or "", output.finish_reason == "stop"
+        message = parse(text, thinking=task.thinking, tools=task.tools)
+        return cls(task, output.prompt_token_ids, output.token_ids, text, message, ended)
+
     @property
     def calls(self) -> list[dict[str, Any]] | None:
-        """The calls as [{"name", "arguments"}], or None unless they are well-formed: every call that was opened was
-        closed, is of an offered tool, and its arguments are an object with all required keys and none unknown."""
+        """The calls as [{"name", "arguments"}], or None unless they are well-formed: every tag that was opened was
+        closed, every call is of an offered tool, and its arguments have all required keys and none unknown."""
         calls = []
         for name, arguments in self.message.calls or ():
             try:
                 calls.append({"name": name, "arguments": json.loads(arguments)})
             except ValueError:
                 return None
-        opened, closed = self.text.count(_OPEN), self.text.count(_CLOSE)
-        fits = all(_fits(call, self.task.tools or []) for call in calls)
-        return calls if self.ended and opened == closed == len(calls) and fits else None
+        closed = all(self.text.count(f"<{tag}>") == self.text.count(f"</{tag}>") for tag in _TAGS)
+        whole = self.ended and closed and len(calls) == self.text.count(f"<{_TAGS[0]}>")
+        return calls if whole and all(_fits(call, self.task.tools or []) for call in calls) else None
 
     @property
     def well_formed(self) -> bool:
@@ -87,33 +94,19 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def render(llm: LLM, task: Task) -> str:
-    """The prompt. RequestError if the checkpoint has no chat template."""
-    return llm.tokenizer.render_chat(task.messages, task.tools, enable_thinking=task.thinking)
+def prompts(tokenizer: Tokenizer, tasks: list[Task]) -> list[list[int]]:
+    """Token ids up to where the answer begins. RequestError if the checkpoint has no chat template."""
+    texts = (tokenizer.render_chat(task.messages, task.tools, enable_thinking=task.thinking) for task in tasks)
+    return [tokenizer.encode(text) for text in texts]
 
 
-def fits(llm: LLM, tasks: list[Task]) -> bool:
-    """Whether every prompt leaves room for an answer."""
-    longest = max(len(llm.tokenizer.encode(render(llm, task))) for task in tasks)
-    return longest + MAX_TOKENS <= llm.engine.context_length
-
-
-def ask(llm: LLM, tasks: list[Task]) -> list[Answer]:
-    """The model's greedy answers, in order."""
-    prompts = [render(llm, task) for task in tasks]
-    greedy = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
-    outputs = llm.generate([llm.tokenizer.encode(prompt) for prompt in prompts], greedy)
-    return [
-        Answer(
-            task,
-            output.prompt_token_ids,
-            output.token_ids,
-            output.text or "",
-            parse(output.text or "", thinking=prompt.rstrip().endswith("<think>"), tools=task.tools),
-            output.finish_reason == "stop",
-        )
-        for task, prompt, output in zip(tasks, prompts, outputs, strict=True)
-    ]
+def ask(llm: LLM, tokenizer: Tokenizer, tasks: list[Task]) -> list[Answer]:
+    """The model's greedy answers, in order; none at all if a prompt leaves too little of the context for one."""
+    asked: list[Prompt] = [*prompts(tokenizer, tasks)]
+    if max(map(len, asked), default=0) + MAX_TOKENS > llm.engine.context_length:
+        return []
+    outputs = llm.generate(asked, SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0))
+    return [Answer.of(task, output) for task, output in zip(tasks, outputs, strict=True)]
 
 
 def parse(text: str, *, thinking: bool, tools: list[dict[str, Any]] | None) -> ParsedMessage:

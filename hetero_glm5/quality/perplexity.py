@@ -32,7 +32,7 @@ class Loss:
         if not self.tokens:
             return math.nan
         mean = self.nats / self.tokens
-        return math.exp(mean) if mean < 700 else math.inf
+        return math.inf if mean > 700 else math.exp(mean)
 
 
 def total(losses: Iterable[Loss]) -> Loss:
@@ -41,10 +41,9 @@ def total(losses: Iterable[Loss]) -> Loss:
 
 def token_losses(logits: Tensor, ids: list[int]) -> Tensor:
     """-ln p(ids[i + 1] | ids[: i + 1]), fp64 [T - 1], from logits [T, vocab]."""
-    targets = torch.tensor(ids[1:])
+    targets = torch.tensor(ids[1:], dtype=torch.int64)
     rows = zip(logits[:-1].split(BLOCK), targets.split(BLOCK), strict=True)
-    parts = [F.cross_entropy(block.double(), target, reduction="none") for block, target in rows]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+    return torch.cat([F.cross_entropy(block.double(), target, reduction="none") for block, target in rows])
 
 
 def loss(llm: LLM, text: Text, start: int = 1) -> Loss:

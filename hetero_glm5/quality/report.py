@@ -30,13 +30,14 @@ from hetero_glm5.demo.corpus import KINDS, tasks
 from hetero_glm5.hardware import cpu_name
 from hetero_glm5.llm import LLM
 from hetero_glm5.model_config import ModelConfig
-from hetero_glm5.quality.answers import Answer, ask, fits, mark
+from hetero_glm5.quality.answers import Answer, ask, mark
 from hetero_glm5.quality.deferral import deferring
 from hetero_glm5.quality.drafting import Drafter, count_accepted
 from hetero_glm5.quality.perplexity import Loss, losses_by_kind, total
 from hetero_glm5.quality.routing import SHARES, describe, recording
 from hetero_glm5.quality.texts import Text, held_out, packed
 from hetero_glm5.quality.variants import dense_attention, fp8_experts
+from hetero_glm5.server.tokenizer import Tokenizer
 
 FORMAT = 1
 BASELINE = "BF16"
@@ -70,7 +71,7 @@ def measure(folder: str, options: Options, tell: Tell) -> dict[str, Any]:
 class _Measuring:
     def __init__(self, folder: str, options: Options, tell: Tell):
         self.folder, self.options, self.tell = folder, options, tell
-        self.config = ModelConfig.load(folder)
+        self.config, self.tokenizer = ModelConfig.load(folder), Tokenizer.from_folder(folder)
         self.left_out: list[str] = []
         self.losses: dict[str, dict[str, Loss]] = {}  # by method and kind
         self.texts: list[Text] = []
@@ -97,8 +98,7 @@ class _Measuring:
 
     def _baseline(self, llm: LLM) -> None:
         """Everything that one loaded BF16 model can tell."""
-        tokenizer, options = llm.tokenizer, self.options
-        assert tokenizer is not None
+        tokenizer, options = self.tokenizer, self.options
         self.report |= {"cpu": cpu_name(), "isa": llm.engine.pool.isa, "threads": llm.engine.pool.threads}
         self.tell("held-out documents")
         longest, budget = llm.engine.context_length - 1, options.count * TOKENS_FOR_EACH
@@ -128,11 +128,11 @@ class _Measuring:
             questions[f"recall {tokens}"] = tasks("recall", max(1, options.count // 4), options.seed, tokens)
         self.report["answers"] = {}
         for name, asked in questions.items():
-            if not fits(llm, asked):
-                self.left_out.append(f"{name}: the context of {llm.engine.context_length} tokens is too short for it.")
-                continue
             self.tell(f"questions: {name}")
-            self.answers += (answers := ask(llm, asked))
+            answers = ask(llm, self.tokenizer, asked)
+            if not answers:
+                self.left_out.append(f"{name}: the context of {llm.engine.context_length} tokens is too short for it.")
+            self.answers += answers
             calls = [answer for answer in answers if not isinstance(answer.task.expected, str)]
             others = [answer for answer in answers if isinstance(answer.task.expected, str)]
             for part, given in ((f"{name}: calls", calls), (f"{name}: results" if calls else name, others)):
@@ -147,7 +147,7 @@ class _Measuring:
             self.left_out.append(f"sparse: {length} tokens exceed the context of {llm.engine.context_length}.")
             return
         count = 1 if self.options.quick else 4
-        long = [t for kind in LONG_KINDS for t in packed(llm.tokenizer, kind, self.options.seed, length, count)]
+        long = [t for kind in LONG_KINDS for t in packed(self.tokenizer, kind, self.options.seed, length, count)]
         self.tell(f"sparse attention at {length} tokens")
         sparse = losses_by_kind(llm, long, start=topk)
         self.tell(f"dense attention at {length} tokens")

@@ -10,11 +10,11 @@ from hetero_glm5.placement.trace import Trace
 from hetero_glm5.quality.routing import recording
 
 
-def record(llm: LLM, requests: list[tuple[str, list[int]]], params: SamplingParams) -> Trace:
-    """Answers `requests`, each a kind and a prompt's token ids, and returns how their tokens were routed. Requests are
-    all queued at once: at most --max-running-requests run together. Raises RequestError."""
+def record(llm: LLM, kinds: list[str], prompts: list[list[int]], params: SamplingParams) -> Trace:
+    """Answers `prompts`, token ids, each of a kind, and returns how their tokens were routed. All are queued at once:
+    at most --max-running-requests run together. Raises RequestError and QueueFull."""
     engine = llm.engine
-    number = {engine.add(prompt, params): i for i, (_, prompt) in enumerate(requests)}
+    number = {engine.add(prompt, params): i for i, prompt in enumerate(prompts)}
     ids, rows = [], []
     step = 0
     with recording(llm) as recorder:
@@ -36,6 +36,6 @@ def record(llm: LLM, requests: list[tuple[str, list[int]]], params: SamplingPara
         position=columns[2],
         decode=columns[3].astype(bool),
         layers=np.array(config.moe_layers),
-        kinds=np.array([kind for kind, _ in requests]),
+        kinds=np.array(kinds),
         experts=config.n_routed_experts,
     )
