@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hetero_glm5.demo.corpus.document import Document, Task, assistant, chat, prose, user
-from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, THINGS, Draw
+from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, THINGS, Draw, table
 
 KIND = "stories"
-PLACES = (
+PLACES = table(
     "lighthouse forest village river mountain valley island meadow market castle garden bridge lake mill harbour desert "
     "library station farm cave"
-).split()
-MOODS = "brave small clever shy old curious gentle lazy proud lonely cheerful hungry quiet kind".split()
+)
+MOODS = table("brave small clever shy old curious gentle lazy proud lonely cheerful hungry quiet kind")
 WEATHER = "the sun was shining | it was raining | the wind was cold | snow was falling | the fog was thick | it was a warm day"
 STARTS = (
     "Once upon a time there was a {mood} {hero} called {name}. {name} lived near a {place}. "

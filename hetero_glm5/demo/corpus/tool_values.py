@@ -6,30 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 from hetero_glm5.demo.corpus.sums import draw_sum
-from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, NAMES, ROOMS, THINGS, Draw, listed
+from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, NAMES, ROOMS, THINGS, Draw, listed, table
 
 Value = tuple[Any, str]  # in JSON, as the user says it
 
-LANGUAGES = (
-    "French German Spanish Italian Dutch Polish Greek Turkish Arabic Hindi Chinese Japanese Korean Latin".split()
-)
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-UNITS = "metres miles kilometres feet inches yards kilograms pounds grams ounces litres gallons hours minutes".split()
-CURRENCIES = "euros dollars pounds yen francs crowns rupees pesos".split()
-SKIES = "sunny cloudy rainy windy foggy snowy stormy clear".split()
-VENUES = "bakery cafe cinema hotel library museum park pharmacy restaurant school station theatre".split()
-KINDS_OF = "new old cheap famous small large modern ancient local rare simple fast green wild quiet".split()
-SUBJECTS = (
+LANGUAGES = table("French German Spanish Italian Dutch Polish Greek Turkish Arabic Hindi Chinese Japanese Korean Latin")
+DAYS = table("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+UNITS = table("metres miles kilometres feet inches yards kilograms pounds grams ounces litres gallons hours minutes")
+CURRENCIES = table("euros dollars pounds yen francs crowns rupees pesos")
+SKIES = table("sunny cloudy rainy windy foggy snowy stormy clear")
+VENUES = table("bakery cafe cinema hotel library museum park pharmacy restaurant school station theatre")
+KINDS_OF = table("new old cheap famous small large modern ancient local rare simple fast green wild quiet")
+SUBJECTS = table(
     "music books maps trains bridges gardens birds films games boats clocks cameras kitchens castles mountains lakes "
     "robots engines stars shoes"
-).split()
-ACTIONS = (
+)
+ACTIONS = table(
     "buy call clean close collect cook feed find fix fold move open pack paint send sort sweep visit wash water"
-).split()
-SERVICES = "mail web cache proxy queue search backup login billing metrics".split()
-EXTENSIONS = "txt csv md json py log pdf png".split()
-STEMS = "report notes data list plan draft letter table budget index readme summary".split()
-FIELDS = "age price size year count weight height rank level score".split()
+)
+SERVICES = table("mail web cache proxy queue search backup login billing metrics")
+EXTENSIONS = table("txt csv md json py log pdf png")
+STEMS = table("report notes data list plan draft letter table budget index readme summary")
+FIELDS = table("age price size year count weight height rank level score")
 COMMANDS = ("ls -l {}", "cat {}", "rm {}", "wc -l {}", "head {}", "touch {}", "python {}", "tail -f {}")
 SENTENCES = (
     "see you at {time} in {city}", "the {thing} is in the {room}", "please bring {number} {foods}",
