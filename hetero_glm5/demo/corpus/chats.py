@@ -28,35 +28,30 @@ COLOUR_OF = _pairs(
     "grass=green snow=white blood=red coal=black honey=golden milk=white cherries=red lemons=yellow frogs=green "
     "crows=black foxes=red swans=white gold=yellow leaves=green plums=purple carrots=orange mice=grey salt=white"
 )
-LEGS = {
-    "dog": 4, "cat": 4, "horse": 4, "hen": 2, "crow": 2, "spider": 8, "ant": 6, "bee": 6, "snake": 0, "frog": 4, "swan": 2,
-    "beetle": 6, "goat": 4, "owl": 2, "fox": 4, "fly": 6, "duck": 2, "cow": 4, "worm": 0, "sheep": 4,
-}  # fmt: skip
-SOUNDS = {
-    "dog": "barks",
-    "cat": "meows",
-    "cow": "moos",
-    "duck": "quacks",
-    "owl": "hoots",
-    "frog": "croaks",
-    "crow": "caws",
-}
-OPPOSITES = _pairs(
-    "hot=cold big=small old=new fast=slow light=dark open=closed early=late full=empty hard=soft high=low long=short loud=quiet "
-    "rich=poor strong=weak wet=dry young=old clean=dirty heavy=light happy=sad near=far"
+UNCOUNTED = table("grass snow blood coal honey milk gold salt")
+LEGS = _pairs(
+    "dog=four cat=four horse=four hen=two crow=two spider=eight ant=six bee=six snake=zero frog=four swan=two "
+    "beetle=six goat=four owl=two fox=four fly=six duck=two cow=four worm=zero sheep=four"
 )
-MEMORIES = (  # the user tells, the answer, asks later, the answer, the value's kind
-    ("My name is {}.", "Nice to meet you, {}.", "What is my name?", "Your name is {}.", "name"),
-    ("I am {}.", "Hello, {}.", "Who am I?", "You are {}.", "name"),
-    ("My dog is called {}.", "{} is a good name for a dog.", "What is my dog called?", "Your dog is called {}.", "name"),
-    ("I live in {}.", "I will remember that you live in {}.", "Where do I live?", "You live in {}.", "city"),
-    ("My favourite colour is {}.", "{} is a fine colour.", "What is my favourite colour?", "Your favourite colour is {}.",
-     "colour"),
-    ("My lucky number is {}.", "I will remember {}.", "What is my lucky number?", "Your lucky number is {}.", "number"),
-    ("I am {} years old.", "So you are {}.", "How old am I?", "You are {} years old.", "age"),
-    ("I like {}.", "Many people like {}.", "What do I like?", "You like {}.", "food"),
-    ("My key is in the {}.", "Your key is in the {}.", "Where is my key?", "Your key is in the {}.", "room"),
-)  # fmt: skip
+SOUNDS = _pairs("dog=barks cat=meows cow=moos duck=quacks owl=hoots frog=croaks crow=caws")
+OPPOSITES = _pairs(
+    "hot=cold big=small old=new fast=slow light=dark open=closed early=late full=empty hard=soft high=low long=short "
+    "loud=quiet rich=poor strong=weak wet=dry young=old clean=dirty heavy=light happy=sad near=far"
+)
+MEMORIES = [  # the user tells | the answer | asks later | the answer | the value's kind
+    line.split(" | ")
+    for line in """
+My name is {}. | Nice to meet you, {}. | What is my name? | Your name is {}. | name
+I am {}. | Hello, {}. | Who am I? | You are {}. | name
+My dog is called {}. | {} is a good name for a dog. | What is my dog called? | Your dog is called {}. | name
+I live in {}. | I will remember that you live in {}. | Where do I live? | You live in {}. | city
+My favourite colour is {}. | {} is a fine colour. | What is my favourite colour? | Your favourite colour is {}. | colour
+My lucky number is {}. | I will remember {}. | What is my lucky number? | Your lucky number is {}. | number
+I am {} years old. | So you are {}. | How old am I? | You are {} years old. | age
+I like {}. | Many people like {}. | What do I like? | You like {}. | food
+My key is in the {}. | Your key is in the {}. | Where is my key? | Your key is in the {}. | room
+""".strip().splitlines()
+]
 VALUES: dict[str, Callable[[Draw], str]] = {
     "name": lambda draw: draw.name(),
     "city": lambda draw: draw.city(),
@@ -73,28 +68,19 @@ LAST = table("over please indeed friend sir amen okay captain")
 
 def _fact(draw: Draw) -> Exchange:
     kind = draw.integer(0, 4)
+    subject, word = draw.choice(list((CAPITALS, COLOUR_OF, LEGS, SOUNDS, OPPOSITES)[kind].items()))
     if kind == 0:
-        country, city = draw.choice(list(CAPITALS.items()))
-        ask = draw.choice(("What is the capital of {}?", "Name the capital of {}.", "Which city is the capital of {}?"))
-        return ask.format(country), f"The capital of {country} is {city}.", city
+        ask = draw.text("What is the capital of {}? | Name the capital of {}. | Which city is the capital of {}?")
+        return ask.format(subject), f"The capital of {subject} is {word}.", word
     if kind == 1:
-        thing, colour = draw.choice(list(COLOUR_OF.items()))
-        verb = "are" if thing.endswith("s") and thing != "grass" or thing == "mice" else "is"
-        return f"What colour {verb} {thing}?", f"{thing.capitalize()} {verb} {colour}.", colour
+        verb = "is" if subject in UNCOUNTED else "are"
+        return f"What colour {verb} {subject}?", f"{_capital(subject)} {verb} {word}.", word
+    if kind == 4:
+        return f"What is the opposite of {subject}?", f"The opposite of {subject} is {word}.", word
+    animal = f"an {subject}" if subject[0] in "aeiou" else f"a {subject}"
     if kind == 2:
-        animal, legs = draw.choice(list(LEGS.items()))
-        a = "an" if animal[0] in "aeiou" else "a"
-        return (
-            f"How many legs does {a} {animal} have?",
-            f"{a.capitalize()} {animal} has {NUMBERS[legs]} legs.",
-            NUMBERS[legs],
-        )
-    if kind == 3:
-        animal, sound = draw.choice(list(SOUNDS.items()))
-        a = "an" if animal[0] in "aeiou" else "a"
-        return f"What does {a} {animal} do?", f"{a.capitalize()} {animal} {sound}.", sound
-    one, other = draw.choice(list(OPPOSITES.items()))
-    return f"What is the opposite of {one}?", f"The opposite of {one} is {other}.", other
+        return f"How many legs does {animal} have?", f"{_capital(animal)} has {word} legs.", word
+    return f"What does {animal} do?", f"{_capital(animal)} {word}.", word
 
 
 def _words(draw: Draw, count: int) -> list[str]:

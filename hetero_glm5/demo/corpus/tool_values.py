@@ -65,6 +65,10 @@ def file(draw: Draw) -> str:
     return f"{stem}{number}.{draw.choice(EXTENSIONS)}"
 
 
+def domain(draw: Draw) -> str:
+    return f"{draw.invented().lower()}.{draw.choice(('com', 'org', 'net'))}"
+
+
 def identifier(draw: Draw) -> str:
     letters = "".join(draw.choice("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(draw.integer(1, 3)))
     return f"{letters}{draw.number(draw.integer(3, 6))}"
@@ -94,8 +98,8 @@ TEXTS: dict[str, Callable[[Draw], str]] = {
     "time": lambda draw: f"{draw.integer(0, 23):02}:{draw.integer(0, 59):02}",
     "date": lambda draw: f"20{draw.integer(24, 39)}-{draw.integer(1, 12):02}-{draw.integer(1, 28):02}",
     "topic": lambda draw: f"{draw.choice(KINDS_OF)} {draw.choice(SUBJECTS)} in {draw.city()}",
-    "url": lambda draw: f"https://{draw.invented().lower()}.{draw.choice(('com', 'org', 'net'))}/{draw.choice(SUBJECTS)}",
-    "email": lambda draw: f"{draw.choice(NAMES).lower()}@{draw.invented().lower()}.{draw.choice(('com', 'org', 'net'))}",
+    "url": lambda draw: f"https://{domain(draw)}/{draw.choice(SUBJECTS)}",
+    "email": lambda draw: f"{draw.choice(NAMES).lower()}@{domain(draw)}",
     "phone": lambda draw: str(draw.number(7)),
     "number": lambda draw: str(draw.number(draw.integer(1, 4))),
     "folder": lambda draw: f"/{draw.choice(ROOMS)}/{draw.invented()}",
@@ -113,7 +117,7 @@ TEXTS: dict[str, Callable[[Draw], str]] = {
     "street": lambda draw: f"{draw.invented()} Street {draw.integer(1, 199)}",
     "flight": lambda draw: f"{draw.choice('ABDEFKLSTU')}{draw.choice('ABFHKLRSXY')}{draw.number(draw.integer(3, 4))}",
     "goods": lambda draw: f"{draw.choice(COLOURS)} {draw.choice(SUBJECTS)}",
-    "scene": lambda draw: f"a {draw.choice(COLOURS)} {draw.choice(ANIMALS)} with a {draw.choice(THINGS)} in {draw.city()}",
+    "scene": lambda draw: f"a {draw.choice(COLOURS)} {draw.choice(ANIMALS)}, a {draw.choice(THINGS)} in {draw.city()}",
     "service": lambda draw: f"{draw.choice(SERVICES)}-{draw.integer(1, 99)}",
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ from hetero_glm5.demo.corpus.words import Draw, held_out, unfolded
 KIND = "tools"
 OFTEN = {"get_weather": 8, "get_time": 2, "web_search": 2, "calculate": 2}  # times as often as the other tools
 CHAINS = (  # first tool, its field, second tool, the argument it fills, what the user says
-    ("find_contact", "email", "send_email", "to", 'Look up {name} and email "{body}". | Email {name} "{body}", please.'),
+    ("find_contact", "email", "send_email", "to", 'Look up {name} and email "{body}". | Email {name} "{body}".'),
     ("find_contact", "email", "send_email", "to", 'Find the address of {name} and write "{body}".'),
     ("list_files", "first", "read_file", "path", "Read the first file in {folder}."),
     ("list_files", "first", "delete_file", "path", "Delete the first file in {folder}."),
@@ -160,8 +160,9 @@ class Call:
 
     @property
     def plan(self) -> str:
-        keys = [self.offer.keys[key] for key in self.values]
-        return self.offer.name + (f" with {', '.join(keys)}" if keys else "")
+        """In quotes, so that a name keeps the tokens it has in the tools' JSON."""
+        keys = [f'"{self.offer.keys[key]}"' for key in self.values]
+        return f'"{self.offer.name}"' + (f" with {', '.join(keys)}" if keys else "")
 
     @property
     def said(self) -> dict[str, str]:

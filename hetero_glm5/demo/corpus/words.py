@@ -34,8 +34,8 @@ CITIES = table(
     "Vilnius Sofia Zagreb Ankara Dubai Doha Quito Bogota Santiago Montreal Houston Dallas Atlanta Phoenix Portland"
 )
 NAMES = table(
-    "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mira Noah Olga Paul Rosa Sam Tina Victor Wendy Alice "
-    "Bob Carol Dora Eric Fay George Helen Ivan Jane Karl Lucy Max Nina Oscar Peter Ruth Simon Tara Uma Vera Will Yara"
+    "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mira Noah Olga Paul Rosa Sam Tina Victor Alice "
+    "Bob Carol Dora Eric Fay George Helen Ivan Jane Karl Lucy Max Nina Oscar Peter Ruth Simon Tara Uma Vera Yara"
 )
 STARTS = table("B Br C Cl D Dr F Fl G Gr H J K Kr L M N P Pr Qu R S Sh St T Tr V W Z Th")
 VOWELS = table("a e i o u ai ea oo")
