@@ -78,11 +78,11 @@ def _sentences(story: str) -> list[str]:
 
 def documents(draw: Draw) -> Iterator[Document]:
     while True:
-        tokens = int(256 * 16 ** draw.rng.betavariate(1.6, 1.1))  # 256 to 4096, about 1500 on average
+        tokens = int(256 * 16 ** draw.rng.betavariate(1.4, 1.2))  # 256 to 4096
         known = facts(draw, draw.integer(3, 6 + tokens // 200))
         thinking = draw.chance(0.2)
         messages = []
-        asked = draw.sample(known, min(len(known), draw.integer(3, 12)))
+        asked = draw.sample(known, min(len(known), draw.integer(3, 16)))
         body = draw.choice(LEADS) + text(draw, known, tokens) + "\n\n"
         for fact, ask, _ in asked:
             messages += [user(body + ask), assistant(fact, "I look for it in the text." if thinking else "")]
