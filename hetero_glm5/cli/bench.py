@@ -15,7 +15,7 @@ from hetero_glm5.cli.quantize import method_named
 from hetero_glm5.core import UserError
 from hetero_glm5.model_config import DEMO, checkpoint_folder
 from hetero_glm5.quality import report
-from hetero_glm5.quality.report import ASKED_KINDS, Options, measure
+from hetero_glm5.quality.report import Options, measure
 
 METHODS = "FP32,BF16,FP8,INT8,INT4"
 QUICK_COUNT, COUNT = 10, 100
@@ -112,8 +112,7 @@ def _drafting(found: dict[str, Any]) -> Table:
     depths = range(1, len(rows["all"]["places"]) + 1)
     titles = [f"first {d} right" for d in depths] + [f"tokens/step, {d} drafted" for d in depths]
     table = Table("MTP drafts", "places", *titles, title="drafts that are the model's own greedy tokens")
-    for kind in (*ASKED_KINDS, "all"):
-        row = rows[kind]
+    for kind, row in rows.items():
         shares = [f"{100 * share:.1f} %" for share in row["shares"]]
         table.add_row(kind, f"{row['places'][0]}", *shares, *(f"{n:.2f}" for n in row["tokens_per_step"]))
     return table

@@ -46,10 +46,10 @@ def record(
     by_kind = [tasks(kind, each, seed) for kind in ASKED_KINDS]
     asked = list(chain.from_iterable(zip(*by_kind, strict=True)))[:requests]
     folder = checkpoint_folder(model)
-    texts = prompts(Tokenizer.from_folder(folder), asked)
+    params = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=seed)
     with LLM(folder, device="cpu", max_running_requests=together, max_queued_requests=requests) as llm:
-        kinds = [task.kind for task in asked]
-        found = record_trace(llm, kinds, texts, SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=seed))
+        texts = prompts(Tokenizer.from_folder(folder), asked)
+        found = record_trace(llm, [task.kind for task in asked], texts, params)
     found.save(out)
     typer.echo(
         f"{out}: {len(found)} tokens, {int(found.decode.sum())} of them decoded, of {requests} requests in "
