@@ -95,7 +95,7 @@ class Draw:
         choice = self.choice
 
         def make() -> str:
-            middle = "".join(choice(VOWELS) + choice(MIDDLES) for _ in range(self.integer(0, 2)))
+            middle = "".join(choice(VOWELS) + choice(MIDDLES) for _ in range(choice((0, 1, 1, 2))))
             return choice(STARTS) + middle + choice(VOWELS) + choice(ENDS)
 
         return self.until(make)
