@@ -2,7 +2,7 @@
 
 import pytest
 
-from hetero_glm5.demo.corpus import Task
+from hetero_glm5.demo.corpus import Task, render, tasks
 from hetero_glm5.llm import Output
 from hetero_glm5.quality.answers import Answer, Marks, mark, same, says
 
@@ -122,3 +122,24 @@ def test_marks_count():
     good, bad = answer(call("get_weather", city="Paris", days=3), PARIS), answer("no", PARIS)
     assert mark([good, bad, good]) == Marks(3, 2, 2)
     assert mark([answer("72", "72", "sums")]) == Marks(1, 1, None)
+
+
+@pytest.mark.parametrize("kind", ["sums", "project", "chats", "tools"])
+def test_a_perfect_answer_to_any_task_is_right_and_anothers_is_not(kind):
+    """What the chat template makes of the expected calls is what the parser must take apart again."""
+    asked = tasks(kind, 100, 0)
+    texts = [perfect(task) for task in asked]
+    outputs = [Output([1], [2], text, "stop") for text in texts]
+    assert all(Answer.of(task, output).right for task, output in zip(asked, outputs, strict=True))
+    shifted = mark([Answer.of(task, output) for task, output in zip(asked, outputs[1:] + outputs[:1], strict=True)])
+    assert shifted.right < 25  # chats ask the same now and then
+
+
+def perfect(task: Task) -> str:
+    lead = "I think.</think>" if task.thinking else ""
+    if isinstance(task.expected, str):
+        return f"{lead}{task.expected}"
+    calls = [{"type": "function", "function": call} for call in task.expected]
+    before = render(task.messages, task.tools, thinking=False)
+    turn = {"role": "assistant", "content": "", "tool_calls": calls}
+    return lead + render([*task.messages, turn], task.tools, generation_prompt=False).removeprefix(before)
