@@ -14,7 +14,6 @@ from rich.table import Table
 from hetero_glm5.cli.quantize import method_named
 from hetero_glm5.core import UserError
 from hetero_glm5.model_config import DEMO, checkpoint_folder
-from hetero_glm5.quality import report
 from hetero_glm5.quality.report import Options, measure
 
 METHODS = "FP32,BF16,FP8,INT8,INT4"
@@ -28,12 +27,14 @@ def bench() -> None:
     """Measure a model."""
 
 
-@app.command(epilog=f"The JSON object: {report.__doc__}")
+@app.command()
 def quality(
     model: Annotated[str, typer.Option(help="checkpoint folder, or demo: the packaged model")] = DEMO,
     count: Annotated[int, typer.Option(min=0, help=f"questions of each kind; 0 = {COUNT}, quick {QUICK_COUNT}")] = 0,
     methods: Annotated[str, typer.Option(metavar="METHOD,…", help="formats of the experts to compare")] = METHODS,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="write the figures there too")] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write all figures there (see quality/report.py)")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the held-out texts and questions")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="a look in under a minute on the demo model")] = False,
 ) -> None:
@@ -67,13 +68,8 @@ def quality(
 def _show(console: Console, found: dict[str, Any]) -> None:
     for table in (_perplexity(found), _answers(found), _routing(found)):
         console.print(table)
-    if (sparse := found["sparse"]) is not None:
-        console.print(
-            f"sparse attention (index_topk {sparse['index_topk']}) at {sparse['length']} tokens: perplexity "
-            f"{_short(sparse['all']['sparse'])}, dense {_short(sparse['all']['dense'])}, "
-            f"{_percent(sparse['ratio'] - 1)}",
-            highlight=False,
-        )
+    if found["sparse"] is not None:
+        console.print(_sparse(found["sparse"]))
     if found["drafting"] is not None:
         console.print(_drafting(found))
     for sentence in found["left_out"]:
@@ -104,6 +100,15 @@ def _answers(found: dict[str, Any]) -> Table:
         asked, formed = marks["asked"], marks["well_formed"]
         shares = [f"{100 * part / asked:.1f} %" if part is not None else "" for part in (marks["right"], formed)]
         table.add_row(name, f"{asked}", *shares)
+    return table
+
+
+def _sparse(sparse: dict[str, Any]) -> Table:
+    title = f"recall documents of about {sparse['length']} tokens, from token {sparse['index_topk']} on"
+    table = Table("perplexity of", "tokens", "sparse", "dense", "to dense", title=title)
+    for name, part in (("the model's own", sparse["own"]), ("all", sparse["all"])):
+        figures = (_short(part[key]) for key in ("sparse", "dense"))
+        table.add_row(name, f"{part['tokens']}", *figures, _percent(part["ratio"] - 1))
     return table
 
 

@@ -46,16 +46,16 @@ def token_losses(logits: Tensor, ids: list[int]) -> Tensor:
     return torch.cat([F.cross_entropy(block.double(), target, reduction="none") for block, target in rows])
 
 
-def loss(llm: LLM, text: Text, start: int = 1) -> Loss:
-    """Of the model's own tokens at positions `start` and later; the first position predicts nothing."""
-    counted = torch.tensor(text.own[1:], dtype=torch.bool)
-    counted[: start - 1] = False
-    losses = token_losses(llm.logits(text.ids), text.ids)[counted]
-    return Loss(losses.sum().item(), len(losses))
+def losses(llm: LLM, text: Text, start: int = 1) -> tuple[Loss, Loss]:
+    """Of the model's own tokens, and of all, at positions `start` ≥ 1 and later."""
+    each = token_losses(llm.logits(text.ids), text.ids)[start - 1 :]
+    own = each[torch.tensor(text.own[start:], dtype=torch.bool)]
+    return Loss(own.sum().item(), len(own)), Loss(each.sum().item(), len(each))
 
 
-def losses_by_kind(llm: LLM, texts: Iterable[Text], start: int = 1) -> dict[str, Loss]:
-    losses: dict[str, Loss] = {}
+def losses_by_kind(llm: LLM, texts: Iterable[Text]) -> dict[str, Loss]:
+    """Of the model's own tokens."""
+    found: dict[str, Loss] = {}
     for text in texts:
-        losses[text.kind] = losses.get(text.kind, Loss()) + loss(llm, text, start)
-    return losses
+        found[text.kind] = found.get(text.kind, Loss()) + losses(llm, text)[0]
+    return found

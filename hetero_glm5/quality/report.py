@@ -6,8 +6,9 @@
                 documents that the model is to write. FP32 computes everything in fp32; in the other methods attention
                 and dense layers are bf16 and the routed experts in that format
     deferral    count: {perplexity, tokens, ratio}, BF16 with that many experts of a token added one MoE layer later
-    sparse      {index_topk, length, ratio, kind and "all": {sparse, dense, tokens}}: perplexities in BF16 of the
-                positions from index_topk on in packed documents of 4 x index_topk tokens
+    sparse      {index_topk, length, own, all: {sparse, dense, ratio, tokens}}: perplexities in BF16 at the positions
+                from index_topk on of recall documents of about `length`, 4 x index_topk, tokens; over the tokens that
+                the model is to write, and over all
     answers     task: {asked, right, well_formed}: greedy, in BF16; well_formed (of calls) else null
     drafting    kind and "all": {places, accepted, shares, tokens_per_step}, each by depth from 1: see drafting.py
     routing     {experts, layers, selections, entropy, shares}: see routing.py; shares by the share of experts
@@ -19,7 +20,7 @@ What cannot be computed, such as a perplexity over no tokens, is null.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,9 +34,9 @@ from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.quality.answers import Answer, ask, mark
 from hetero_glm5.quality.deferral import deferring
 from hetero_glm5.quality.drafting import Drafter, count_accepted
-from hetero_glm5.quality.perplexity import Loss, losses_by_kind, total
+from hetero_glm5.quality.perplexity import Loss, losses, losses_by_kind, total
 from hetero_glm5.quality.routing import SHARES, describe, recording
-from hetero_glm5.quality.texts import Text, held_out, packed
+from hetero_glm5.quality.texts import Text, held_out, long
 from hetero_glm5.quality.variants import dense_attention, fp8_experts
 from hetero_glm5.server.tokenizer import Tokenizer
 
@@ -43,7 +44,6 @@ FORMAT = 1
 BASELINE = "BF16"
 ASKED_KINDS = ("sums", "project", "chats", "tools")
 RECALL_TOKENS = (1024, 2048, 4096)
-LONG_KINDS = ("stories", "recall")
 TOKENS_FOR_EACH = 100  # of a kind's documents, for each question of --count
 MOST_DEFERRED = 4
 
@@ -61,6 +61,10 @@ class Options:
     def recall_tokens(self) -> tuple[int, ...]:
         return RECALL_TOKENS[:1] if self.quick else RECALL_TOKENS
 
+    @property
+    def long_texts(self) -> int:
+        return 2 if self.quick else 16
+
 
 def measure(folder: str, options: Options, tell: Tell) -> dict[str, Any]:
     """The whole report on the checkpoint in `folder`. `tell` hears what is being done. Raises UserError."""
@@ -75,7 +79,6 @@ class _Measuring:
         self.left_out: list[str] = []
         self.losses: dict[str, dict[str, Loss]] = {}  # by method and kind
         self.texts: list[Text] = []
-        self.long: list[Text] = []
         self.answers: list[Answer] = []
         self.report: dict[str, Any] = {"format": FORMAT, "seed": options.seed, "count": options.count}
 
@@ -118,8 +121,8 @@ class _Measuring:
         for count in range(1, min(MOST_DEFERRED, self.config.num_experts_per_tok) + 1):
             self.tell(f"perplexity, {count} experts deferred")
             with deferring(llm, count):
-                losses = losses_by_kind(llm, self.texts)
-            self.report["deferral"][f"{count}"] = _shown(total(losses.values())) | {"ratio": self._ratio(losses)}
+                found = losses_by_kind(llm, self.texts)
+            self.report["deferral"][f"{count}"] = _shown(total(found.values())) | {"ratio": self._ratio(found)}
 
     def _ask(self, llm: LLM) -> None:
         options = self.options
@@ -143,24 +146,29 @@ class _Measuring:
         topk = self.config.index_topk
         length = 4 * topk
         self.report["sparse"] = None
-        if length > llm.engine.context_length - 1:
-            self.left_out.append(f"sparse: {length} tokens exceed the context of {llm.engine.context_length}.")
+        if 5 * topk >= llm.engine.context_length:
+            self.left_out.append(
+                f"sparse: texts of {length} tokens do not fit a context of {llm.engine.context_length}."
+            )
             return
-        count = 1 if self.options.quick else 4
-        long = [t for kind in LONG_KINDS for t in packed(self.tokenizer, kind, self.options.seed, length, count)]
+        texts = long(self.tokenizer, "recall", self.options.seed, length, self.options.long_texts)
         self.tell(f"sparse attention at {length} tokens")
-        sparse = losses_by_kind(llm, long, start=topk)
+        sparse = _summed(losses(llm, text, topk) for text in texts)
         self.tell(f"dense attention at {length} tokens")
         copy = self.scratch / "dense"
         copy.mkdir()
         with self._llm(BASELINE, dense_attention(self.folder, copy)) as other:
-            dense = losses_by_kind(other, long, start=topk)
-        ratio = total(sparse.values()).perplexity / total(dense.values()).perplexity
-        kinds = {
-            kind: {"sparse": of.perplexity, "dense": to.perplexity, "tokens": of.tokens}
-            for (kind, of), to in zip(_with_all(sparse).items(), _with_all(dense).values(), strict=True)
+            dense = _summed(losses(other, text, topk) for text in texts)
+        parts = {
+            part: {
+                "sparse": s.perplexity,
+                "dense": d.perplexity,
+                "ratio": s.perplexity / d.perplexity,
+                "tokens": s.tokens,
+            }
+            for part, s, d in zip(("own", "all"), sparse, dense, strict=True)
         }
-        self.report["sparse"] = {"index_topk": topk, "length": length, "ratio": ratio} | kinds
+        self.report["sparse"] = {"index_topk": topk, "length": length} | parts
 
     def _drafting(self) -> None:
         self.report["drafting"] = None
@@ -190,17 +198,18 @@ class _Measuring:
             with self._llm(method, experts=experts) as llm:
                 self.losses[method] = losses_by_kind(llm, self.texts)
 
-    def _ratio(self, losses: dict[str, Loss]) -> float:
+    def _ratio(self, found: dict[str, Loss]) -> float:
         """Of the perplexity over all kinds to the baseline's."""
-        return total(losses.values()).perplexity / total(self.losses[BASELINE].values()).perplexity
+        return total(found.values()).perplexity / total(self.losses[BASELINE].values()).perplexity
 
 
-def _with_all(losses: dict[str, Loss]) -> dict[str, Loss]:
-    return losses | {"all": total(losses.values())}
+def _summed(pairs: Iterable[tuple[Loss, Loss]]) -> tuple[Loss, Loss]:
+    own, whole = zip(*pairs, strict=True)
+    return total(own), total(whole)
 
 
-def _by_kind(losses: dict[str, Loss]) -> dict[str, Any]:
-    return {kind: _shown(loss) for kind, loss in _with_all(losses).items()}
+def _by_kind(found: dict[str, Loss]) -> dict[str, Any]:
+    return {kind: _shown(loss) for kind, loss in (found | {"all": total(found.values())}).items()}
 
 
 def _shown(loss: Loss) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 from hetero_glm5.demo.corpus import Document, documents
 from hetero_glm5.server.tokenizer import Tokenizer
+
+LOOKED = 200
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,22 @@ def held_out(tokenizer: Tokenizer, kind: str, seed: int, tokens: int, longest: i
     return texts
 
 
-def packed(tokenizer: Tokenizer, kind: str, seed: int, length: int, count: int) -> list[Text]:
-    """`count` texts of exactly `length` tokens: documents of one kind, one after the other."""
+def long(tokenizer: Tokenizer, kind: str, seed: int, length: int, count: int) -> list[Text]:
+    """`count` documents of one kind of about `length` tokens, a quarter more or less. Where the first LOOKED have too
+    few such, several in a row make one text of `length`."""
+    stream = islice(_encoded(tokenizer, kind, seed), LOOKED)
+    found = list(islice((text for text in stream if 4 * abs(len(text) - length) <= length), count))
+    return found if len(found) == count else _packed(_encoded(tokenizer, kind, seed), length, count)
+
+
+def _packed(stream: Iterator[Text], length: int, count: int) -> list[Text]:
     texts = []
-    stream = _encoded(tokenizer, kind, seed)
     for _ in range(count):
-        ids: list[int] = []
-        own: list[bool] = []
-        while len(ids) < length:
-            text = next(stream)
-            ids += text.ids
-            own += text.own
-        texts.append(Text(kind, ids, own).cut(length))
+        text = next(stream)
+        while len(text) < length:
+            more = next(stream)
+            text = Text(text.kind, text.ids + more.ids, text.own + more.own)
+        texts.append(text.cut(length))
     return texts
 
 

@@ -24,7 +24,6 @@ def small(monkeypatch):
     monkeypatch.setattr(report, "RECALL_TOKENS", (64, 5000))
     monkeypatch.setattr(report, "MOST_DEFERRED", 1)
     monkeypatch.setattr(report, "KINDS", KINDS)
-    monkeypatch.setattr(report, "LONG_KINDS", ("stories",))
 
 
 def run(*arguments, code=0):
@@ -59,9 +58,9 @@ def test_the_report(checkpoints, tmp_path, small):
     (deferral,) = found["deferral"].items()
     assert deferral[0] == "1" and deferral[1]["ratio"] != 1
 
-    assert list(found["sparse"]) == ["index_topk", "length", "ratio", "stories", "all"]
-    assert (found["sparse"]["index_topk"], found["sparse"]["length"]) == (16, 64)
-    assert found["sparse"]["ratio"] != 1 and 0 < found["sparse"]["stories"]["tokens"] <= 64 - 16
+    sparse = found["sparse"]
+    assert list(sparse) == ["index_topk", "length", "own", "all"] and sparse["length"] == 4 * sparse["index_topk"] == 64
+    assert sparse["all"]["ratio"] != 1 and 0 <= sparse["own"]["tokens"] < sparse["all"]["tokens"] <= 2 * 64
 
     asked = {name: marks["asked"] for name, marks in found["answers"].items()}
     tools = {name: asked.pop(name) for name in list(asked) if name.startswith("tools")}
@@ -80,7 +79,7 @@ def test_the_report(checkpoints, tmp_path, small):
         and list(routing["shares"]) == [f"{share:g}" for share in SHARES]
     )
     assert all(0 < bits < 4 for bits in routing["entropy"]) and len(routing["entropy"]) == 3
-    for words in ("INT4", "1 deferred", *found["answers"], "entropy", "sparse attention", "MTP drafts"):
+    for words in ("INT4", "1 deferred", *found["answers"], "entropy", "to dense", "MTP drafts"):
         assert words in output, words
     assert re.search(rf"{re.escape(folder.name)}, seed 0, .* \d+ s", output)
 

@@ -12,7 +12,7 @@ from tiny import tiny_checkpoint
 from hetero_glm5.demo.corpus import KINDS
 from hetero_glm5.llm import LLM
 from hetero_glm5.model_config import DEMO_FOLDER
-from hetero_glm5.quality.perplexity import BLOCK, Loss, loss, losses_by_kind, token_losses, total
+from hetero_glm5.quality.perplexity import BLOCK, Loss, losses, losses_by_kind, token_losses, total
 from hetero_glm5.quality.texts import Text, held_out
 from hetero_glm5.server.tokenizer import Tokenizer
 
@@ -42,9 +42,12 @@ def test_the_models_own_tokens_count_from_the_start_on():
     ids, own = [3, 1, 4, 1, 5, 8], [True, False, True, True, False, True]
     each = token_losses(logits, ids).tolist()  # each[i - 1] is that of position i
     llm, text = Fixed(logits), Text("sums", ids, own)
-    assert loss(llm, text) == Loss(pytest.approx(each[1] + each[2] + each[4]), 3)
-    assert loss(llm, text, start=3) == Loss(pytest.approx(each[2] + each[4]), 2)
-    assert loss(llm, text, start=6) == Loss(0.0, 0)
+    assert losses(llm, text) == (Loss(pytest.approx(each[1] + each[2] + each[4]), 3), Loss(pytest.approx(sum(each)), 5))
+    assert losses(llm, text, start=3) == (
+        Loss(pytest.approx(each[2] + each[4]), 2),
+        Loss(pytest.approx(sum(each[2:])), 3),
+    )
+    assert losses(llm, text, start=6) == (Loss(0.0, 0), Loss(0.0, 0))
     both = losses_by_kind(llm, [text, Text("chats", ids, [True] * 6), text])
     assert both == {"sums": Loss(pytest.approx(2 * (each[1] + each[2] + each[4])), 6), "chats": both["chats"]}
     assert both["chats"] == Loss(pytest.approx(sum(each)), 5) and total(both.values()).tokens == 11
@@ -52,7 +55,7 @@ def test_the_models_own_tokens_count_from_the_start_on():
 
 def test_perplexity_is_the_number_of_equally_likely_tokens():
     text = Text("sums", [0] * 20, [True] * 20)
-    assert loss(Fixed(torch.zeros(20, 17)), text).perplexity == pytest.approx(17, rel=1e-12)
+    assert losses(Fixed(torch.zeros(20, 17)), text)[1].perplexity == pytest.approx(17, rel=1e-12)
     assert math.isnan(Loss().perplexity) and Loss(1e6, 1).perplexity == math.inf
 
 

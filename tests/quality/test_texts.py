@@ -4,7 +4,7 @@ import pytest
 from tiny import tiny_checkpoint
 
 from hetero_glm5.demo.corpus import KINDS, Document, documents
-from hetero_glm5.quality.texts import encode, held_out, packed
+from hetero_glm5.quality.texts import encode, held_out, long
 from hetero_glm5.server.tokenizer import Tokenizer
 
 
@@ -38,8 +38,15 @@ def test_held_out_documents_are_whole_enough_and_the_same_again(tokenizer):
     assert max(map(len, held_out(tokenizer, "sums", 0, 500, 40))) == 40
 
 
-def test_packed_texts_are_documents_in_a_row(tokenizer):
-    first, second = packed(tokenizer, "sums", 0, 700, 2)
-    assert len(first) == len(second) == 700 and first != second
-    whole = [i for text in held_out(tokenizer, "sums", 0, 700, 10**6) for i in text.ids]
-    assert first.ids == whole[:700]
+def test_long_texts_are_documents_of_that_length(tokenizer):
+    texts = long(tokenizer, "stories", 0, 500, 3)
+    assert len({tuple(text.ids) for text in texts}) == 3 and all(375 <= len(text) <= 625 for text in texts)
+    begin = tokenizer.encode("[gMASK]")
+    assert all(text.ids.count(*begin) == 1 for text in texts)
+
+
+def test_where_there_are_none_documents_follow_each_other(tokenizer):
+    first, second = long(tokenizer, "sums", 0, 5000, 2)
+    assert len(first) == len(first.own) == len(second) == 5000 and first.ids != second.ids
+    whole = [i for text in held_out(tokenizer, "sums", 0, 5000, 10**6) for i in text.ids]
+    assert first.ids == whole[:5000]
