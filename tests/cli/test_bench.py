@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from hetero_glm5 import model_config
 from hetero_glm5.cli import app
-from hetero_glm5.quality import answers, report
+from hetero_glm5.quality import answers, report, texts
 from hetero_glm5.quality.routing import SHARES
 
 KINDS = ("sums", "stories")  # documents of the others are long
@@ -24,6 +24,7 @@ def small(monkeypatch):
     monkeypatch.setattr(report, "RECALL_TOKENS", (64, 5000))
     monkeypatch.setattr(report, "MOST_DEFERRED", 1)
     monkeypatch.setattr(report, "KINDS", KINDS)
+    monkeypatch.setattr(texts, "LOOKED", 1)
 
 
 def run(*arguments, code=0):
