@@ -40,6 +40,11 @@ class Answer:
         return cls(task, output.prompt_token_ids, output.token_ids, text, message, ended)
 
     @property
+    def calling(self) -> bool:
+        """Whether calls are expected."""
+        return not isinstance(self.task.expected, str)
+
+    @property
     def calls(self) -> list[dict[str, Any]] | None:
         """The calls as [{"name", "arguments"}], or None unless they are well-formed: every tag that was opened was
         closed, every call is of an offered tool, and its arguments have all required keys and none unknown."""
@@ -127,6 +132,6 @@ class Marks:
 
 
 def mark(answers: list[Answer]) -> Marks:
-    calling = [answer for answer in answers if not isinstance(answer.task.expected, str)]
+    calling = [answer for answer in answers if answer.calling]
     well_formed = sum(answer.well_formed for answer in calling) if calling else None
     return Marks(len(answers), sum(answer.right for answer in answers), well_formed)

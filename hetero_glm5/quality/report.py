@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,134 +68,123 @@ class Options:
 def measure(folder: str, options: Options, tell: Tell) -> dict[str, Any]:
     """The whole report on the checkpoint in `folder`. `tell` hears what is being done. Raises UserError."""
     started = time.monotonic()
-    return _Measuring(folder, options, tell).run() | {"seconds": round(time.monotonic() - started, 1)}
+    with TemporaryDirectory(prefix="hetero-glm5-") as scratch:
+        report = _Measuring(folder, options, tell, Path(scratch)).run()
+    return report | {"seconds": round(time.monotonic() - started, 1)}
 
 
 class _Measuring:
-    def __init__(self, folder: str, options: Options, tell: Tell):
-        self.folder, self.options, self.tell = folder, options, tell
+    def __init__(self, folder: str, options: Options, tell: Tell, scratch: Path):
+        self.folder, self.options, self.tell, self.scratch = folder, options, tell, scratch
         self.config, self.tokenizer = ModelConfig.load(folder), Tokenizer.from_folder(folder)
-        self.left_out: list[str] = []
+        self.fp8 = fp8_experts(folder, self._new_folder("fp8")) if "FP8" in options.methods else None
         self.losses: dict[str, dict[str, Loss]] = {}  # by method and kind
         self.texts: list[Text] = []
         self.answers: list[Answer] = []
-        self.report: dict[str, Any] = {"format": FORMAT, "seed": options.seed, "count": options.count}
+        self.left_out: list[str] = []
 
     def run(self) -> dict[str, Any]:
-        with ExitStack() as stack:
-            self.scratch = Path(stack.enter_context(TemporaryDirectory(prefix="hetero-glm5-")))
-            with self._llm(BASELINE) as llm:
-                self._baseline(llm)
-            self._drafting()
-            self._methods()
-        self.report["perplexity"] = {
-            method: _by_kind(self.losses[method]) | {"ratio": self._ratio(self.losses[method])}
-            for method in dict.fromkeys((*self.options.methods, BASELINE))
-        }
-        return self.report | {"left_out": self.left_out}
+        with self._llm(BASELINE) as llm:
+            pool = llm.engine.pool
+            report = {"format": FORMAT, "cpu": cpu_name(), "isa": pool.isa, "threads": pool.threads}
+            report |= {"seed": self.options.seed, "count": self.options.count}
+            report["routing"] = self._baseline(llm)
+            report["deferral"] = self._deferral(llm)
+            report["answers"] = self._ask(llm)
+            report["sparse"] = self._sparse(llm)
+        report["drafting"] = self._drafting()
+        report["perplexity"] = self._methods()
+        return report | {"left_out": self.left_out}
 
-    def _llm(self, method: str, folder: str = "", experts: str | None = None) -> LLM:
+    def _llm(self, method: str, folder: str = "") -> LLM:
         dtype = "float32" if method == "FP32" else "bfloat16"
+        experts = self.fp8 if method == "FP8" else None
         return LLM(folder or self.folder, device="cpu", dtype=dtype, kt_method=method, kt_weight_path=experts)
 
-    def _baseline(self, llm: LLM) -> None:
-        """Everything that one loaded BF16 model can tell."""
-        tokenizer, options = self.tokenizer, self.options
-        self.report |= {"cpu": cpu_name(), "isa": llm.engine.pool.isa, "threads": llm.engine.pool.threads}
+    def _new_folder(self, name: str) -> Path:
+        (self.scratch / name).mkdir()
+        return self.scratch / name
+
+    def _baseline(self, llm: LLM) -> dict[str, Any]:
+        """Draws the texts and takes their losses; returns how their tokens were routed."""
         self.tell("held-out documents")
-        longest, budget = llm.engine.context_length - 1, options.count * TOKENS_FOR_EACH
-        self.texts = [t for kind in KINDS for t in held_out(tokenizer, kind, options.seed, budget, longest)]
+        seed, budget, longest = self.options.seed, self.options.count * TOKENS_FOR_EACH, llm.engine.context_length - 1
+        self.texts = [text for kind in KINDS for text in held_out(self.tokenizer, kind, seed, budget, longest)]
         self.tell(f"perplexity, {BASELINE}")
         with recording(llm) as recorder:
             self.losses[BASELINE] = losses_by_kind(llm, self.texts)
-        routing = asdict(describe(recorder.take(), self.config.n_routed_experts))
-        routing["shares"] = {f"{share:g}": values for share, values in zip(SHARES, routing["shares"], strict=True)}
-        self.report["routing"] = routing | {"layers": self.config.moe_layers}
-        self._deferral(llm)
-        self._ask(llm)
-        self._sparse(llm)
+        routing = describe(recorder.take(), self.config.n_routed_experts)
+        shares = {f"{share:g}": layers for share, layers in zip(SHARES, routing.shares, strict=True)}
+        return asdict(routing) | {"shares": shares, "layers": self.config.moe_layers}
 
-    def _deferral(self, llm: LLM) -> None:
-        self.report["deferral"] = {}
+    def _deferral(self, llm: LLM) -> dict[str, Any]:
+        rows = {}
         for count in range(1, min(MOST_DEFERRED, self.config.num_experts_per_tok) + 1):
             self.tell(f"perplexity, {count} experts deferred")
             with deferring(llm, count):
                 found = losses_by_kind(llm, self.texts)
-            self.report["deferral"][f"{count}"] = _shown(total(found.values())) | {"ratio": self._ratio(found)}
+            rows[f"{count}"] = _shown(total(found.values())) | {"ratio": self._ratio(found)}
+        return rows
 
-    def _ask(self, llm: LLM) -> None:
-        options = self.options
-        questions = {kind: tasks(kind, options.count, options.seed) for kind in ASKED_KINDS}
-        for tokens in options.recall_tokens:
-            questions[f"recall {tokens}"] = tasks("recall", max(1, options.count // 4), options.seed, tokens)
-        self.report["answers"] = {}
+    def _ask(self, llm: LLM) -> dict[str, Any]:
+        count, seed = self.options.count, self.options.seed
+        questions = {kind: tasks(kind, count, seed) for kind in ASKED_KINDS}
+        for tokens in self.options.recall_tokens:
+            questions[f"recall {tokens}"] = tasks("recall", max(1, count // 4), seed, tokens)
+        answered: dict[str, list[Answer]] = {}
         for name, asked in questions.items():
             self.tell(f"questions: {name}")
             answers = ask(llm, self.tokenizer, asked)
             if not answers:
                 self.left_out.append(f"{name}: the context of {llm.engine.context_length} tokens is too short for it.")
             self.answers += answers
-            calls = [answer for answer in answers if not isinstance(answer.task.expected, str)]
-            others = [answer for answer in answers if isinstance(answer.task.expected, str)]
-            for part, given in ((f"{name}: calls", calls), (f"{name}: results" if calls else name, others)):
-                if given:
-                    self.report["answers"][part] = asdict(mark(given))
+            for answer in answers:
+                part = name if name != "tools" else "tools: calls" if answer.calling else "tools: results"
+                answered.setdefault(part, []).append(answer)
+        return {part: asdict(mark(answers)) for part, answers in answered.items()}
 
-    def _sparse(self, llm: LLM) -> None:
+    def _sparse(self, llm: LLM) -> dict[str, Any] | None:
         topk = self.config.index_topk
         length = 4 * topk
-        self.report["sparse"] = None
-        if 5 * topk >= llm.engine.context_length:
+        if length + topk >= llm.engine.context_length:
             self.left_out.append(
-                f"sparse: texts of {length} tokens do not fit a context of {llm.engine.context_length}."
+                f"sparse: the context of {llm.engine.context_length} is too short for {length} tokens."
             )
-            return
+            return None
         texts = long(self.tokenizer, "recall", self.options.seed, length, self.options.long_texts)
         self.tell(f"sparse attention at {length} tokens")
         sparse = _summed(losses(llm, text, topk) for text in texts)
         self.tell(f"dense attention at {length} tokens")
-        copy = self.scratch / "dense"
-        copy.mkdir()
-        with self._llm(BASELINE, dense_attention(self.folder, copy)) as other:
+        with self._llm(BASELINE, dense_attention(self.folder, self._new_folder("dense"))) as other:
             dense = _summed(losses(other, text, topk) for text in texts)
-        parts = {
-            part: {
-                "sparse": s.perplexity,
-                "dense": d.perplexity,
-                "ratio": s.perplexity / d.perplexity,
-                "tokens": s.tokens,
-            }
-            for part, s, d in zip(("own", "all"), sparse, dense, strict=True)
-        }
-        self.report["sparse"] = {"index_topk": topk, "length": length} | parts
+        figures: dict[str, Any] = {"index_topk": topk, "length": length}
+        for part, s, d in zip(("own", "all"), sparse, dense, strict=True):
+            ratio = s.perplexity / d.perplexity
+            figures[part] = {"sparse": s.perplexity, "dense": d.perplexity, "ratio": ratio, "tokens": s.tokens}
+        return figures
 
-    def _drafting(self) -> None:
-        self.report["drafting"] = None
+    def _drafting(self) -> dict[str, Any] | None:
         if not self.config.num_nextn_predict_layers:
             self.left_out.append("drafting: this checkpoint has no MTP layer.")
-            return
+            return None
         runs: dict[str, list[list[int]]] = {}
         with Drafter(self.folder) as drafter:
             for kind in ASKED_KINDS:
                 self.tell(f"drafting: {kind}")
-                texts = [(a.prompt + a.output, len(a.prompt)) for a in self.answers if a.task.kind == kind]
-                runs[kind] = drafter.runs(texts)
+                spoken = [(a.prompt + a.output, len(a.prompt)) for a in self.answers if a.task.kind == kind]
+                runs[kind] = drafter.runs(spoken)
         runs["all"] = [run for of_kind in runs.values() for run in of_kind]
         found = {kind: count_accepted(of_kind) for kind, of_kind in runs.items()}
-        self.report["drafting"] = {kind: asdict(a) | {"shares": a.shares} for kind, a in found.items()}
+        return {kind: asdict(accepted) | {"shares": accepted.shares} for kind, accepted in found.items()}
 
-    def _methods(self) -> None:
-        for method in self.options.methods:
-            if method in self.losses:
-                continue
-            self.tell(f"perplexity, {method}")
-            experts = None
-            if method == "FP8":
-                copy = self.scratch / "fp8"
-                copy.mkdir()
-                experts = fp8_experts(self.folder, copy)
-            with self._llm(method, experts=experts) as llm:
-                self.losses[method] = losses_by_kind(llm, self.texts)
+    def _methods(self) -> dict[str, Any]:
+        methods = dict.fromkeys((*self.options.methods, BASELINE))
+        for method in methods:
+            if method not in self.losses:
+                self.tell(f"perplexity, {method}")
+                with self._llm(method) as llm:
+                    self.losses[method] = losses_by_kind(llm, self.texts)
+        return {m: _by_kind(self.losses[m]) | {"ratio": self._ratio(self.losses[m])} for m in methods}
 
     def _ratio(self, found: dict[str, Loss]) -> float:
         """Of the perplexity over all kinds to the baseline's."""
