@@ -61,6 +61,7 @@ VALUES: dict[str, Callable[[Draw], str]] = {
     "food": lambda draw: draw.choice(FOODS),
     "room": lambda draw: draw.choice(ROOMS),
 }
+NAME_ASKS = ("Who are you?", "What is your name?", "What are you called?")
 NUMBERS = table("zero one two three four five six seven eight nine ten")
 KEYS = table("answer reply result text output value")
 LAST = table("over please indeed friend sir amen okay captain")
@@ -181,7 +182,7 @@ def ruled(draw: Draw) -> list[tuple[str, str]]:
     for _ in range(draw.integer(2, 5)):
         if prompt.startswith("You are ") and draw.chance(0.5):
             name = prompt.removeprefix("You are ").removesuffix(".")
-            ask = draw.choice(("Who are you?", "What is your name?", "What are you called?"))
+            ask = draw.choice(NAME_ASKS)
             turns.append((ask, f"I am {name}."))
         else:
             made = exchange(draw)
