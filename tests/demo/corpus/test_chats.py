@@ -56,7 +56,7 @@ def test_rules_are_obeyed():
                 kind, obeyed = "upper", said == said.upper()
             elif re.search("JSON", prompt):
                 kind, obeyed = "json", list(json.loads(said)) == [quoted[1]]
-            elif re.search("End|end|Finish", prompt):
+            elif re.search(r"\b(End|end|Finish)\b", prompt):
                 kind, obeyed = "end", said.endswith(f" {quoted[1]}")
             elif re.search("[Bb]egin|Start", prompt):
                 kind, obeyed = "begin", said.startswith(f"{quoted[1]} ")
