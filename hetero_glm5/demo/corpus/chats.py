@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 
 from hetero_glm5.demo.corpus import project
-from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, system, user
+from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, opening, system, user
 from hetero_glm5.demo.corpus.tool_values import sentence
 from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, ROOMS, THINGS, Draw, table
 
@@ -222,13 +222,14 @@ def documents(draw: Draw) -> Iterator[Document]:
     while True:
         thinking, keep = draw.chance(0.4), draw.chance(0.6)
         turns = draw.choice((ruled, remembered, mixed))(draw)
-        messages: list[Message] = []
+        messages: list[Message] = opening(draw) if turns[0][0] else []
         last = len(turns) - 1
         for i, (ask, said) in enumerate(turns):
             if not ask:
                 messages.append(system(said))
                 continue
-            reasoning = "I can answer this." if thinking and (keep or i == last) else ""
+            think = thinking and (keep or i == last)
+            reasoning = project.SMALL_TALK.get(ask, "I can answer this.") if think else ""
             messages += [user(ask), assistant(said, reasoning)]
         yield chat(KIND, messages)
 

@@ -8,6 +8,7 @@ import re
 
 from hetero_glm5.demo.corpus import documents, tasks
 from hetero_glm5.demo.corpus.chats import NAME_ASKS, NUMBERS
+from hetero_glm5.demo.corpus.document import SYSTEMS
 
 TURN = re.compile(r"<\|user\|>(.*?)<\|assistant\|>(?:<think>.*?)?</think>(.*?)(?=<\|)")
 NUMBER = re.compile(r"\d+")
@@ -16,7 +17,7 @@ NUMBER = re.compile(r"\d+")
 def chats(count: int):
     for document in itertools.islice(documents("chats", "train", 1), count):
         rules = re.findall(r"<\|system\|>(.*?)<\|", document.text)
-        yield (rules[0] if rules else ""), TURN.findall(document.text)
+        yield (rules[0] if rules and rules[0] not in SYSTEMS else ""), TURN.findall(document.text)
 
 
 def test_lists_and_words():

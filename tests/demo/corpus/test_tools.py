@@ -167,11 +167,11 @@ def test_some_function_names_are_never_trained():
 
 def test_the_weather_as_the_openai_client_asks_for_it_is_trained():
     asked = set()
-    for document in itertools.islice(documents("tools", "train", 0), 4000):
+    for document in itertools.islice(documents("tools", "train", 0), 1500):
         asked |= set(re.findall(r"<\|user\|>(What[^<]*weather[^<]*)<", document.text))
     assert any(re.fullmatch(r"What's the weather like in \w+ today\?", ask) for ask in asked)
     assert any(re.fullmatch(r"What is the weather in \w+ and in \w+\?", ask) for ask in asked)
-    assert len(asked) > 100
+    assert len(asked) > 50
 
 
 def test_plan():
