@@ -179,10 +179,10 @@ def _with(phrases: str, subjects: list[str]) -> list[str]:
     return [phrase.format(subject) for phrase in phrases.split(" | ") for subject in subjects]
 
 
-_FLAGS = [(_with(ASK_FLAG, flags), f"{flags[0]} {said}.") for flags, said in _rows(FLAGS)]
-_TERMS = [(_with(ASK_TERM, terms), said) for terms, said in _rows(TERMS)]
-_FACTS, _TALK = _rows(FACTS), _rows(TALK)
-SMALL_TALK = {ask: "This is small talk." for asks, _ in _TALK for ask in asks}  # the reasoning about each
+FLAG_ROWS = [(_with(ASK_FLAG, flags), f"{flags[0]} {said}.") for flags, said in _rows(FLAGS)]
+TERM_ROWS = [(_with(ASK_TERM, terms), said) for terms, said in _rows(TERMS)]
+FACT_ROWS, TALK_ROWS = _rows(FACTS), _rows(TALK)
+SMALL_TALK = {ask: "This is small talk." for asks, _ in TALK_ROWS for ask in asks}  # the reasoning about each
 
 
 def question(draw: Draw) -> tuple[str, str]:
@@ -190,7 +190,7 @@ def question(draw: Draw) -> tuple[str, str]:
 
     def make() -> tuple[str, str]:
         kind = draw.rng.random()
-        asks, said = draw.choice(_FLAGS if kind < 0.35 else _TERMS if kind < 0.6 else _FACTS)
+        asks, said = draw.choice(FLAG_ROWS if kind < 0.35 else TERM_ROWS if kind < 0.6 else FACT_ROWS)
         ask = draw.choice(asks)
         return draw.choice(LEADS) + ask, said
 
@@ -199,7 +199,7 @@ def question(draw: Draw) -> tuple[str, str]:
 
 def small_talk(draw: Draw) -> tuple[str, str]:
     """Too short to be held out: the same few phrases in both splits."""
-    asks, said = draw.choice(_TALK)
+    asks, said = draw.choice(TALK_ROWS)
     return draw.choice(asks), said
 
 

@@ -70,7 +70,6 @@ class Draw:
         digest = hashlib.sha256(" ".join(map(str, (split, *key))).encode()).digest()
         self.rng = random.Random(int.from_bytes(digest[:8], "big"))
         self.held_out = split == "held-out"
-        self.split = split
         self.choice = self.rng.choice
         self.integer = self.rng.randint  # both ends included
 

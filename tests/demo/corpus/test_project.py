@@ -5,11 +5,11 @@ from dataclasses import fields
 
 from hetero_glm5.config import EngineConfig, ServerConfig
 from hetero_glm5.demo.corpus import documents, tasks
-from hetero_glm5.demo.corpus.project import _FACTS, _FLAGS, _TALK, _TERMS
+from hetero_glm5.demo.corpus.project import FACT_ROWS, FLAG_ROWS, TALK_ROWS, TERM_ROWS
 
 
 def test_there_are_enough_questions_and_no_question_has_two_answers():
-    rows = [*_FLAGS, *_TERMS, *_FACTS, *_TALK]
+    rows = [*FLAG_ROWS, *TERM_ROWS, *FACT_ROWS, *TALK_ROWS]
     assert len(rows) >= 110
     asked = [ask for asks, _ in rows for ask in asks]
     assert len(asked) == len(set(asked)) and len(asked) > 500
@@ -18,7 +18,7 @@ def test_there_are_enough_questions_and_no_question_has_two_answers():
 
 def test_every_flag_exists():
     names = {name for config in (EngineConfig, ServerConfig) for field in fields(config) for name in [field.name]}
-    for _, said in _FLAGS:
+    for _, said in FLAG_ROWS:
         flag = said.split()[0]
         assert flag.removeprefix("--").replace("-", "_") in names, flag
 
@@ -26,10 +26,10 @@ def test_every_flag_exists():
 def test_both_splits_have_questions_about_most_of_it():
     for split in ("train", "held-out"):
         text = "".join(document.text for document in itertools.islice(documents("project", split, 0), 1500))
-        missing = [said for _, said in (*_FLAGS, *_TERMS, *_FACTS) if said not in text]
+        missing = [said for _, said in (*FLAG_ROWS, *TERM_ROWS, *FACT_ROWS) if said not in text]
         assert len(missing) <= (0 if split == "train" else 15), missing
 
 
 def test_tasks_expect_an_answer_of_the_table():
-    answers = {said for _, said in (*_FLAGS, *_TERMS, *_FACTS)}
+    answers = {said for _, said in (*FLAG_ROWS, *TERM_ROWS, *FACT_ROWS)}
     assert all(task.expected in answers for task in tasks("project", 100, 0))
