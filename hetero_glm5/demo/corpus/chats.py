@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 
 from hetero_glm5.demo.corpus import project
-from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, system, user
+from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, opening, system, user
 from hetero_glm5.demo.corpus.tool_values import sentence
 from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, ROOMS, THINGS, Draw, table
 
@@ -61,6 +61,7 @@ VALUES: dict[str, Callable[[Draw], str]] = {
     "food": lambda draw: draw.choice(FOODS),
     "room": lambda draw: draw.choice(ROOMS),
 }
+NAME_ASKS = ("Who are you?", "What is your name?", "What are you called?")
 NUMBERS = table("zero one two three four five six seven eight nine ten")
 KEYS = table("answer reply result text output value")
 LAST = table("over please indeed friend sir amen okay captain")
@@ -181,7 +182,7 @@ def ruled(draw: Draw) -> list[tuple[str, str]]:
     for _ in range(draw.integer(2, 5)):
         if prompt.startswith("You are ") and draw.chance(0.5):
             name = prompt.removeprefix("You are ").removesuffix(".")
-            ask = draw.choice(("Who are you?", "What is your name?", "What are you called?"))
+            ask = draw.choice(NAME_ASKS)
             turns.append((ask, f"I am {name}."))
         else:
             made = exchange(draw)
@@ -221,13 +222,14 @@ def documents(draw: Draw) -> Iterator[Document]:
     while True:
         thinking, keep = draw.chance(0.4), draw.chance(0.6)
         turns = draw.choice((ruled, remembered, mixed))(draw)
-        messages: list[Message] = []
+        messages: list[Message] = opening(draw) if turns[0][0] else []
         last = len(turns) - 1
         for i, (ask, said) in enumerate(turns):
             if not ask:
                 messages.append(system(said))
                 continue
-            reasoning = "I can answer this." if thinking and (keep or i == last) else ""
+            think = thinking and (keep or i == last)
+            reasoning = project.SMALL_TALK.get(ask, "I can answer this.") if think else ""
             messages += [user(ask), assistant(said, reasoning)]
         yield chat(KIND, messages)
 

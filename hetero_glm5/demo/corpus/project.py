@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hetero_glm5.demo.corpus.document import Document, Task, assistant, chat, user
+from hetero_glm5.demo.corpus.document import Document, Task, assistant, chat, opening, user
 from hetero_glm5.demo.corpus.words import Draw, unfolded
 
 KIND = "project"
@@ -179,9 +179,10 @@ def _with(phrases: str, subjects: list[str]) -> list[str]:
     return [phrase.format(subject) for phrase in phrases.split(" | ") for subject in subjects]
 
 
-_FLAGS = [(_with(ASK_FLAG, flags), f"{flags[0]} {said}.") for flags, said in _rows(FLAGS)]
-_TERMS = [(_with(ASK_TERM, terms), said) for terms, said in _rows(TERMS)]
-_FACTS, _TALK = _rows(FACTS), _rows(TALK)
+FLAG_ROWS = [(_with(ASK_FLAG, flags), f"{flags[0]} {said}.") for flags, said in _rows(FLAGS)]
+TERM_ROWS = [(_with(ASK_TERM, terms), said) for terms, said in _rows(TERMS)]
+FACT_ROWS, TALK_ROWS = _rows(FACTS), _rows(TALK)
+SMALL_TALK = {ask: "This is small talk." for asks, _ in TALK_ROWS for ask in asks}  # the reasoning about each
 
 
 def question(draw: Draw) -> tuple[str, str]:
@@ -189,7 +190,7 @@ def question(draw: Draw) -> tuple[str, str]:
 
     def make() -> tuple[str, str]:
         kind = draw.rng.random()
-        asks, said = draw.choice(_FLAGS if kind < 0.35 else _TERMS if kind < 0.6 else _FACTS)
+        asks, said = draw.choice(FLAG_ROWS if kind < 0.35 else TERM_ROWS if kind < 0.6 else FACT_ROWS)
         ask = draw.choice(asks)
         return draw.choice(LEADS) + ask, said
 
@@ -198,19 +199,18 @@ def question(draw: Draw) -> tuple[str, str]:
 
 def small_talk(draw: Draw) -> tuple[str, str]:
     """Too short to be held out: the same few phrases in both splits."""
-    asks, said = draw.choice(_TALK)
+    asks, said = draw.choice(TALK_ROWS)
     return draw.choice(asks), said
 
 
 def documents(draw: Draw) -> Iterator[Document]:
     while True:
         thinking = draw.chance(0.5)
-        messages = []
+        messages = opening(draw)
         for _ in range(draw.choice((1, 1, 2, 3, 4, 5))):
-            talk = draw.chance(0.2)
-            ask, said = small_talk(draw) if talk else question(draw)
-            reasoning = "This is small talk." if talk else "This is about hetero_glm5."
-            messages += [user(ask), assistant(said, reasoning if thinking else "")]
+            ask, said = small_talk(draw) if draw.chance(0.2) else question(draw)
+            reasoning = SMALL_TALK.get(ask, "This is about hetero_glm5.") if thinking else ""
+            messages += [user(ask), assistant(said, reasoning)]
         yield chat(KIND, messages)
 
 

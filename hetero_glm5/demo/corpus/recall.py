@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from hetero_glm5.demo.corpus import stories
 from hetero_glm5.demo.corpus.document import Document, Task, assistant, chat, user
 from hetero_glm5.demo.corpus.tool_values import DAYS
-from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, ROOMS, THINGS, Draw
+from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, ROOMS, THINGS, Draw, held_out
 
 KIND = "recall"
 RELATIONS = (  # the fact, the question, and what of the fact the answer must hold
@@ -43,7 +43,9 @@ def facts(draw: Draw, count: int) -> list[Fact]:
     found: dict[str, Fact] = {}
     while len(found) < count:
         relation = same if draw.chance(0.5) else draw.choice(RELATIONS)
-        made = draw.until(lambda relation=relation: _fact(draw, relation), lambda made: made[1])
+        made = _fact(draw, relation)
+        if "{name}" not in relation[1] and "{place}" not in relation[1] and held_out(made[1]) != draw.held_out:
+            continue  # what is asked about is no word of this split
         found.setdefault(made[1], made)
     return list(found.values())
 

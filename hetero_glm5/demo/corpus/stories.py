@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hetero_glm5.demo.corpus.document import Document, Task, assistant, chat, prose, user
+from hetero_glm5.demo.corpus.document import Document, Task, assistant, chat, opening, prose, user
 from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, THINGS, Draw, table, unfolded
 
 KIND = "stories"
@@ -137,7 +137,7 @@ def documents(draw: Draw) -> Iterator[Document]:
             ask = _articles(draw.choice(ASKS).format(**words))
             thinking = draw.chance(0.4)
             reasoning = f"The user wants a story. I call the {words['hero']} {words['name']}." if thinking else ""
-            yield chat(KIND, [user(ask), assistant(text, reasoning)])
+            yield chat(KIND, [*opening(draw), user(ask), assistant(text, reasoning)])
 
 
 def tasks(draw: Draw, tokens: int) -> Iterator[Task]:

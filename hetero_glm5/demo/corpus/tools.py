@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_glm5.demo.corpus import chats, project, sums
-from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, system, user
+from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, opening, user
 from hetero_glm5.demo.corpus.tool_table import TABLE
 from hetero_glm5.demo.corpus.tool_table_more import MORE
 from hetero_glm5.demo.corpus.tool_values import Value, schema, value
@@ -36,12 +36,6 @@ CHAINS = (  # first tool, its field, second tool, the argument it fills, what th
 )  # fmt: skip
 LEADS = ("Please: ", "Hey! ", "Hello. ", "Hi. ", "Quickly: ", "One more thing: ", "Next: ", "A request: ", "Now: ")
 ERRORS = ("not found", "no connection", "permission denied", "timeout", "unknown name")
-SYSTEMS = (
-    "You are a helpful assistant.",
-    "Use the tools when they help.",
-    "Answer briefly.",
-    "You are a voice assistant.",
-)
 
 
 @dataclass(frozen=True)
@@ -325,7 +319,7 @@ def request(draw: Draw, offers: list[Offer], thinking: bool) -> list[Message]:
 def documents(draw: Draw) -> Iterator[Document]:
     while True:
         thinking = draw.chance(0.6)
-        messages = [system(draw.choice(SYSTEMS))] if draw.chance(0.15) else []
+        messages = opening(draw)
         if draw.chance(0.1):
             link = draw.choice(CHAINS)
             offers = pick(draw, draw.integer(2, 4), [link[0], link[2]])
