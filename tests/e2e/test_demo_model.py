@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import chain
 
 import openai
 import pytest
@@ -14,18 +15,13 @@ from hetero_glm5.quality.report import Options, measure
 
 pytestmark = pytest.mark.skipif(not DEMO_FOLDER.exists(), reason="the package was built without the demo model")
 
-COMMAND = [
-    "-m",
-    "hetero_glm5.launch_server",
-    "--model",
-    "demo",
-    "--device",
-    "cpu",
-    "--port",
-    "0",
-    "--reasoning-parser",
-    "glm45",
-]
+FLAGS = {
+    "--model": "demo",
+    "--device": "cpu",
+    "--port": "0",
+    "--reasoning-parser": "glm45",
+    "--tool-call-parser": "glm47",
+}
 WEATHER = {
     "type": "function",
     "function": {
@@ -42,7 +38,7 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def client():
-    command = [sys.executable, *COMMAND, "--tool-call-parser", "glm47"]
+    command = [sys.executable, "-m", "hetero_glm5.launch_server", *chain(*FLAGS.items())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     url = re.search(r"demo is ready at (http://\S+)", server.stdout.readline())[1]
