@@ -81,21 +81,29 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     )
 
 
+def _table(title: str, first: str, *columns: str) -> Table:
+    """Narrow enough for 80 columns."""
+    table = Table(first, title=f"\n{title}", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
 def _perplexity(found: dict[str, Any]) -> Table:
     first = next(iter(found["perplexity"].values()))
     kinds = [kind for kind in first if kind != "ratio"]
-    table = Table("perplexity", *kinds, "to BF16", title="held-out documents, the model's own tokens")
+    table = _table("held-out perplexity, the model's own tokens", "", *kinds, "to BF16")
     for method, row in found["perplexity"].items():
         table.add_row(method, *(_short(row[kind]["perplexity"]) for kind in kinds), _percent(row["ratio"] - 1))
     for count, row in found["deferral"].items():
         gaps = [""] * (len(kinds) - 1)
-        table.add_row(f"BF16, {count} deferred", *gaps, _short(row["perplexity"]), _percent(row["ratio"] - 1))
+        table.add_row(f"{count} deferred", *gaps, _short(row["perplexity"]), _percent(row["ratio"] - 1))
     table.add_row("tokens", *(f"{first[kind]['tokens']}" for kind in kinds), "")
     return table
 
 
 def _answers(found: dict[str, Any]) -> Table:
-    table = Table("questions", "asked", "right", "well-formed", title="greedy answers, BF16")
+    table = _table("greedy answers, BF16", "", "asked", "right", "well-formed")
     for name, marks in found["answers"].items():
         asked, formed = marks["asked"], marks["well_formed"]
         shares = [f"{100 * part / asked:.1f} %" if part is not None else "" for part in (marks["right"], formed)]
@@ -105,7 +113,7 @@ def _answers(found: dict[str, Any]) -> Table:
 
 def _sparse(sparse: dict[str, Any]) -> Table:
     title = f"recall documents of about {sparse['length']} tokens, from token {sparse['index_topk']} on"
-    table = Table("perplexity of", "tokens", "sparse", "dense", "to dense", title=title)
+    table = _table(f"perplexity of {title}", "", "tokens", "sparse", "dense", "to dense")
     for name, part in (("the model's own", sparse["own"]), ("all", sparse["all"])):
         figures = (_short(part[key]) for key in ("sparse", "dense"))
         table.add_row(name, f"{part['tokens']}", *figures, _percent(part["ratio"] - 1))
@@ -115,8 +123,8 @@ def _sparse(sparse: dict[str, Any]) -> Table:
 def _drafting(found: dict[str, Any]) -> Table:
     rows = found["drafting"]
     depths = range(1, len(rows["all"]["places"]) + 1)
-    titles = [f"first {d} right" for d in depths] + [f"tokens/step, {d} drafted" for d in depths]
-    table = Table("MTP drafts", "places", *titles, title="drafts that are the model's own greedy tokens")
+    title = "MTP drafts: where the first d are right, and tokens for each pass of the model if d are drafted"
+    table = _table(title, "", "places", *(f"d = {d}" for d in depths), *(f"tokens, {d}" for d in depths))
     for kind, row in rows.items():
         shares = [f"{100 * share:.1f} %" for share in row["shares"]]
         table.add_row(kind, f"{row['places'][0]}", *shares, *(f"{n:.2f}" for n in row["tokens_per_step"]))
@@ -127,7 +135,7 @@ def _routing(found: dict[str, Any]) -> Table:
     routing = found["routing"]
     tops = [f"top {float(share):.0%}" for share in routing["shares"]]
     title = f"routing, {routing['experts']} experts: share of selections that the most used experts take"
-    table = Table("layer", "entropy, bits", *tops, title=title)
+    table = _table(title, "layer", "entropy, bits", *tops)
     for i, layer in enumerate(routing["layers"]):
         shares = (f"{100 * values[i]:.1f} %" for values in routing["shares"].values())
         table.add_row(f"{layer}", f"{routing['entropy'][i]:.3f}", *shares)
@@ -135,7 +143,7 @@ def _routing(found: dict[str, Any]) -> Table:
 
 
 def _short(perplexity: float) -> str:
-    return f"{perplexity:.4f}" if perplexity < 100 else f"{perplexity:.4g}"
+    return f"{perplexity:.4f}" if perplexity < 10 else f"{perplexity:.5g}"
 
 
 def _percent(change: float) -> str:
