@@ -54,7 +54,7 @@ class LLM:
         for name in flags:
             if name not in known:
                 raise ConfigError(nearest_flag(name, known))
-        path = checkpoint_folder(str(path))
+        path = str(checkpoint_folder(path))
         ModelConfig.load(path)  # so that a folder that is no checkpoint is told as that, not as a missing tokenizer
         self.tokenizer = None if skip_tokenizer else Tokenizer.from_folder(path)
         config = EngineConfig(model=path, device=device, dtype=dtype, **flags)

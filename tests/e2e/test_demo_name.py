@@ -1,5 +1,7 @@
 """`demo` in the place of a checkpoint folder: the packaged model, everywhere and wherever the command runs."""
 
+from pathlib import Path
+
 import pytest
 from oracle import random_ids
 from tiny import tiny_checkpoint
@@ -62,6 +64,15 @@ def test_the_server_calls_it_demo(packaged, served):
 def test_it_can_be_packed(packaged, tmp_path):
     result = CliRunner().invoke(app, ["quantize", "demo", str(tmp_path / "store"), "--kt-method", "BF16"])
     assert result.exit_code == 0 and (tmp_path / "store" / "layer-00002.safetensors").exists()
+
+
+def test_a_folder_called_demo_can_be_named(packaged):
+    for command in (["quantize", "./demo", "o", "--kt-method", "BF16"], ["bench", "quality", "--model", "./demo"]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 1 and "demo is not a checkpoint" in result.output
+    for path in ("./demo", Path("demo")):
+        with pytest.raises(UserError, match="demo is not a checkpoint"):
+            LLM(path)
 
 
 def test_an_installation_without_it_says_so(absent, tmp_path, capsys):
