@@ -45,7 +45,9 @@ KV_DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float3
 class EngineConfig(Flags):
     """How to run a model. One field = one flag of the launch script and one keyword of LLM()."""
 
-    model: str = flag("", "checkpoint folder in Hugging Face format", names="--model --model-path")
+    model: str = flag(
+        "", "checkpoint folder in Hugging Face format, or demo: the packaged model", names="--model --model-path"
+    )
     device: str = flag("auto", "where attention and device experts run", choices=("auto", "cuda", "cpu"))
     dtype: str = flag("bfloat16", "compute and weight type outside the experts", choices=("bfloat16", "float32"))
     trust_remote_code: bool = flag(False, "accepted; nothing from a checkpoint is ever executed")

@@ -1,4 +1,4 @@
-"""`python -m hetero_glm5.launch_server --model FOLDER [flags]`: flags, a port, then the server.
+"""`python -m hetero_glm5.launch_server --model FOLDER|demo [flags]`: flags, a port, then the server.
 
 What costs seconds to import (torch, fastapi) is imported when the flags are known to be right and the port is ours.
 """
@@ -10,12 +10,13 @@ import errno
 import re
 import socket
 import sys
+from dataclasses import replace
 from typing import NoReturn
 
 from hetero_glm5.config import EngineConfig, ServerConfig
 from hetero_glm5.core import UserError
 from hetero_glm5.flags import add_flags, from_args, nearest_flag
-from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.model_config import DEMO, ModelConfig, checkpoint_folder
 
 _KINDS = {"int": "a whole number", "float": "a number"}
 
@@ -87,7 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         engine, server = parse_flags(argv)
         if not engine.model:
-            raise UserError("--model is missing: give the folder of a checkpoint in Hugging Face format.")
+            raise UserError("--model is missing: give the folder of a checkpoint in Hugging Face format, or demo.")
+        if engine.model == DEMO and server.served_model_name is None:
+            server = replace(server, served_model_name=DEMO)
+        engine = replace(engine, model=checkpoint_folder(engine.model))
         ModelConfig.load(engine.model)  # a wrong folder is told before anything slow happens
         listening = listen(server.host, server.port)
         from hetero_glm5.server.serve import serve

@@ -18,7 +18,7 @@ from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import FinishReason, RequestError, SamplingParams, Sequence, UserError
 from hetero_glm5.engine.engine import Engine
 from hetero_glm5.flags import ConfigError, nearest_flag
-from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.model_config import DEMO, ModelConfig, checkpoint_folder
 from hetero_glm5.server.tokenizer import Tokenizer
 
 Prompt = str | list[int]
@@ -35,11 +35,18 @@ class Output:
 
 
 class LLM:
-    """LLM(path, device="auto", dtype="bfloat16", skip_tokenizer=False, **flags); `flags` are EngineConfig fields, such
-    as kt_num_gpu_experts=5 or chunked_prefill_size=17. A context manager. Raises UserError."""
+    """LLM(path="demo", device="auto", dtype="bfloat16", skip_tokenizer=False, **flags); `path` is a checkpoint folder,
+    or "demo" for the packaged model; `flags` are EngineConfig fields, such as kt_num_gpu_experts=5 or
+    chunked_prefill_size=17. A context manager. Raises UserError."""
 
     def __init__(
-        self, path: str, *, device: str = "auto", dtype: str = "bfloat16", skip_tokenizer: bool = False, **flags: Any
+        self,
+        path: str = DEMO,
+        *,
+        device: str = "auto",
+        dtype: str = "bfloat16",
+        skip_tokenizer: bool = False,
+        **flags: Any,
     ):
         if not isinstance(path, str | os.PathLike):
             raise ConfigError(f"path is {path!r}; it must be a checkpoint folder.")
@@ -47,9 +54,10 @@ class LLM:
         for name in flags:
             if name not in known:
                 raise ConfigError(nearest_flag(name, known))
+        path = str(checkpoint_folder(path))
         ModelConfig.load(path)  # so that a folder that is no checkpoint is told as that, not as a missing tokenizer
         self.tokenizer = None if skip_tokenizer else Tokenizer.from_folder(path)
-        config = EngineConfig(model=str(path), device=device, dtype=dtype, **flags)
+        config = EngineConfig(model=path, device=device, dtype=dtype, **flags)
         self.engine = Engine.load(config, tokenizer=self.tokenizer)
         self._closed = False
         self._turn = threading.Lock()

@@ -13,6 +13,7 @@ from typing import Any
 from hetero_glm5.flags import ConfigError
 
 MODEL_TYPE = "glm_moe_dsa"
+DEMO, DEMO_FOLDER = "demo", Path(__file__).parent / "demo" / "model"
 FP8_BLOCK = 128
 COMPRESSED_TENSORS, GPTQ = "compressed-tensors", "gptq"
 INT4_GROUPS = (32, 64, 128)
@@ -352,6 +353,19 @@ def _gptq(q: _Reader) -> Int4Scheme:
     q.only(version, "gptq", "gptq_v2")
     zero = 8 if q.data.get(version) == "gptq_v2" else 7
     return Int4Scheme(GPTQ, q.data["group_size"], zero, act_order=q.get(bool, "desc_act", False))
+
+
+def checkpoint_folder(model: str) -> str:
+    """The folder that a model's name means: "demo" is the small trained model that this package ships, wherever the
+    command runs (a folder of that name is ./demo); anything else is a folder. Raises ConfigError."""
+    if model != DEMO:
+        return model
+    if not (DEMO_FOLDER / "config.json").is_file():
+        raise ConfigError(
+            f"the demo model is not in this installation: {DEMO_FOLDER} has no config.json. Install the package again "
+            "with its data, or give a checkpoint folder."
+        )
+    return str(DEMO_FOLDER)
 
 
 def read_json(path: Path, otherwise: str) -> dict[str, Any]:

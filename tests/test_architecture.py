@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Import to the right only. `hardware` reads the topology through _C, so it stands left of it.
 GROUND = ("config", "model_config", "flags", "core")  # these may import each other
 LAYERS = (
-    ("launch_server", "cli", "llm"),
+    ("launch_server", "cli"),
+    ("quality",),
+    ("llm",),
     ("server",),
     ("engine",),
     ("model", "experts", "demo"),
@@ -75,7 +77,7 @@ def may_import(source: str, target: str) -> bool:
     if not any(target in layer for layer in LAYERS):
         return False
     if target == "demo":
-        return source in LAYERS[0]
+        return rank(LAYERS, source) < rank(LAYERS, "server")
     return rank(LAYERS, target) > rank(LAYERS, source)
 
 

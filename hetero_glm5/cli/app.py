@@ -7,6 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from hetero_glm5.cli import bench, trace
 from hetero_glm5.cli.quantize import quantize
 from hetero_glm5.cli.verify import verify
 from hetero_glm5.core import UserError
@@ -30,5 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app, name="bench")
+app.add_typer(trace.app, name="trace")
 app.command()(quantize)
 app.command()(verify)

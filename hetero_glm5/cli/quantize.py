@@ -14,13 +14,14 @@ from hetero_glm5 import hardware
 from hetero_glm5.config import KT_METHODS
 from hetero_glm5.core import UserError
 from hetero_glm5.flags import did_you_mean
+from hetero_glm5.model_config import checkpoint_folder
 from hetero_glm5.server.progress import LoadDisplay, start_log
 from hetero_glm5.weights.convert import REPORT, Conversion, error_report
 from hetero_glm5.weights.quantize import METHODS
 
 
 def quantize(
-    checkpoint: Annotated[Path, typer.Argument(metavar="IN", help="checkpoint folder in Hugging Face format")],
+    checkpoint: Annotated[str, typer.Argument(metavar="IN", help="checkpoint folder in Hugging Face format, or demo")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="new folder, or one where this was interrupted")],
     kt_method: Annotated[str, typer.Option(metavar="|".join(METHODS), help="weight format to pack the experts in")],
     threads: Annotated[int, typer.Option(min=0, help="experts packed at a time; 0 = all physical cores")] = 0,
@@ -38,7 +39,7 @@ def quantize(
     console = Console(stderr=True)
     start_log(console)
     torch.set_num_threads(1)  # several experts at a time use the cores better than several threads for one
-    conversion = Conversion(checkpoint, out, method_named(kt_method), group, book)
+    conversion = Conversion(Path(checkpoint_folder(checkpoint)), out, method_named(kt_method), group, book)
     if conversion.finished:
         typer.echo(f"{len(conversion.finished)} of {len(conversion.layers)} layers are there already.", err=True)
     display = LoadDisplay(console, "packing")
