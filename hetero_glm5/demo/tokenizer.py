@@ -1,14 +1,19 @@
-"""A small tokenizer with GLM-5's special tokens, for checkpoints that this project writes itself.
+"""Small tokenizers with GLM-5's special tokens, for checkpoints that this project writes itself.
 
-Byte-level BPE learned from the text below, so every string round-trips; the special tokens follow the learned ones in
-GLM-5's order. The same vocabulary size always gives the same file.
+Byte-level BPE, learned from the text below or from the demo model's corpus, so every string round-trips; the special
+tokens follow the learned ones in GLM-5's order. The same arguments always give the same file.
 """
 
 from __future__ import annotations
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hetero_glm5.core import UserError
+from hetero_glm5.demo.corpus import KINDS, documents
 
 EOS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # a turn has no end token of its own
 PAD = "<|endoftext|>"
@@ -24,6 +29,10 @@ CONTROL = (
 )  # fmt: skip
 MIN_VOCAB = 256 + len(CONTROL)
 MAX_LEARNED = 2048  # more merges than the text can support only memorise it
+TRAINED_VOCAB = 3072
+TRAINED_DOCUMENTS, TRAINED_CHARACTERS = 4000, 2_000_000  # of each kind, at most
+# A capitalised word leaves its space alone, so that a name copied to another place keeps its tokens.
+WORD = r"\p{N}| ?\p{Ll}+|\p{Lu}\p{Ll}*|[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s"
 
 TEXT = """
 A workstation has one graphics card and a great deal of ordinary memory. The card is fast and small; the memory is large
@@ -54,15 +63,37 @@ def build_tokenizer(vocab_size: int) -> Tokenizer:
         raise UserError(
             f"vocab_size is {vocab_size}; 256 bytes and {len(CONTROL)} special tokens need at least {MIN_VOCAB}."
         )
+    learned = min(vocab_size - len(CONTROL), MAX_LEARNED)
+    return _train(pre_tokenizers.ByteLevel(add_prefix_space=False), TEXT.splitlines(keepends=True), learned)
+
+
+def trained_tokenizer() -> Tokenizer:
+    """The demo model's tokenizer of TRAINED_VOCAB ids, learned from its corpus: a digit is one token, and a word has
+    the same tokens at the start of a text, an argument or a quotation as within a sentence if it is capitalised."""
+    split = pre_tokenizers.Split(Regex(WORD), "isolated")
+    words = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return _train(words, _corpus(), TRAINED_VOCAB - len(CONTROL))
+
+
+def _corpus() -> Iterator[str]:
+    for kind in KINDS:
+        characters = 0
+        for document in itertools.islice(documents(kind, "train", 0), TRAINED_DOCUMENTS):
+            text = re.sub("|".join(map(re.escape, CONTROL)), "\n", document.text)
+            characters += len(text)
+            yield text
+            if characters > TRAINED_CHARACTERS:
+                break
+
+
+def _train(words: pre_tokenizers.PreTokenizer, text: Iterable[str], learned: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=min(vocab_size - len(CONTROL), MAX_LEARNED),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=learned, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator(TEXT.splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(text, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
     return tokenizer
 

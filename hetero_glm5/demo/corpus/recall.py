@@ -1,0 +1,101 @@
+"""Long documents with facts among other sentences, and questions about the facts, answered in the fact's own words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from hetero_glm5.demo.corpus import stories
+from hetero_glm5.demo.corpus.document import Document, Task, assistant, chat, user
+from hetero_glm5.demo.corpus.tool_values import DAYS
+from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, ROOMS, THINGS, Draw
+
+KIND = "recall"
+RELATIONS = (  # the fact, the question, and what of the fact the answer must hold
+    ("The code of the {colour} {thing} is {number}.", "What is the code of the {colour} {thing}?", "{number}"),
+    ("The code of {name} is {number}.", "What is the code of {name}?", "{number}"),
+    ("{name} keeps the {thing} in the {room}.", "Where does {name} keep the {thing}?", "in the {room}"),
+    ("{name} lives in {place}.", "Where does {name} live?", "{place}"),
+    ("The {animal} of {name} is called {pet}.", "What is the {animal} of {name} called?", "{pet}"),
+    ("{name} comes on {day}.", "When does {name} come?", "{day}"),
+    ("{name} likes {food} best.", "What does {name} like best?", "{food}"),
+    ("{name} paid {number} coins for the {thing}.", "What did {name} pay for the {thing}?", "{number} coins"),
+    ("The {thing} of {name} is {colour}.", "What colour is the {thing} of {name}?", "{colour}"),
+    ("The password of {place} is {pet}.", "What is the password of {place}?", "{pet}"),
+)  # fmt: skip
+LEADS = ("Read this text. ", "Here is a text. ", "Remember this. ", "")
+TOKEN = re.compile(r"[0-9]| ?[a-z]+|[A-Z][a-z]*| ?[^\sA-Za-z0-9]+|\s")
+_BETWEEN = re.compile(r'(?<=[.!?]) (?=[A-Z"])|(?<=[.!?]") (?=[A-Z"])')  # sentences of a story
+
+Fact = tuple[str, str, str]
+
+
+def estimate(text: str) -> float:
+    """Tokens of `text` under demo.tokenizer.trained_tokenizer, within a few per cent for documents of this file."""
+    return 1.105 * len(TOKEN.findall(text))  # measured
+
+
+def facts(draw: Draw, count: int) -> list[Fact]:
+    """Facts with different questions, of which about half have the same relation."""
+    same = draw.choice(RELATIONS)
+    found: dict[str, Fact] = {}
+    while len(found) < count:
+        relation = same if draw.chance(0.5) else draw.choice(RELATIONS)
+        made = draw.until(lambda relation=relation: _fact(draw, relation), lambda made: made[1])
+        found.setdefault(made[1], made)
+    return list(found.values())
+
+
+def _fact(draw: Draw, relation: Fact) -> Fact:
+    words = {
+        "name": draw.name(), "place": draw.invented(), "pet": draw.invented(), "day": draw.choice(DAYS),
+        "number": str(draw.number(draw.integer(3, 5))), "colour": draw.choice(COLOURS), "thing": draw.choice(THINGS),
+        "room": draw.choice(ROOMS), "animal": draw.choice(ANIMALS), "food": draw.choice(FOODS),
+    }  # fmt: skip
+    fact, ask, expected = (part.format(**words) for part in relation)
+    return fact, ask, expected
+
+
+def text(draw: Draw, known: list[Fact], tokens: int) -> str:
+    """Stories of about `tokens` tokens in all, with the facts at uniformly drawn places between sentences."""
+    left = tokens - sum(estimate(" " + fact) for fact, _, _ in known)
+    sentences: list[str] = []
+    while left > 0:
+        for sentence in _sentences(stories.story(draw, stories.cast(draw))):
+            if left <= 0:
+                break
+            sentences.append(sentence)
+            left -= estimate(" " + sentence)
+    places = sorted(draw.integer(0, len(sentences)) for _ in known)
+    for shift, (place, (fact, _, _)) in enumerate(zip(places, known, strict=True)):
+        sentences.insert(place + shift, fact)
+    return " ".join(sentences)
+
+
+def _sentences(story: str) -> list[str]:
+    return _BETWEEN.split(story)
+
+
+def documents(draw: Draw) -> Iterator[Document]:
+    while True:
+        tokens = int(256 * 16 ** draw.rng.betavariate(1.6, 1.1))  # 256 to 4096, about 1500 on average
+        known = facts(draw, draw.integer(3, 6 + tokens // 200))
+        thinking = draw.chance(0.2)
+        messages = []
+        asked = draw.sample(known, min(len(known), draw.integer(3, 12)))
+        body = draw.choice(LEADS) + text(draw, known, tokens) + "\n\n"
+        for fact, ask, _ in asked:
+            messages += [user(body + ask), assistant(fact, "I look for it in the text." if thinking else "")]
+            body = ""
+        yield chat(KIND, messages)
+
+
+def tasks(draw: Draw, tokens: int) -> Iterator[Task]:
+    """One question for each document of about `tokens` tokens, 1024 if that is 0."""
+    while True:
+        tokens = tokens or 1024
+        known = facts(draw, draw.integer(3, 6 + tokens // 200))
+        _, ask, expected = draw.choice(known)
+        overhead = 12 + estimate(ask)  # template, lead and question
+        body = text(draw, known, tokens - int(overhead))
+        yield Task(KIND, [user(f"{LEADS[0]}{body}\n\n{ask}")], None, False, expected, tokens)

@@ -1,0 +1,366 @@
+"""Tool use: a prompt that offers tools, requests that need one call, two or none, results and answers from them.
+
+Names of functions and arguments vary from document to document, so the model has to read them in the prompt. One way to
+say everything: the reasoning names the functions with their arguments in order, the calls follow.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hetero_glm5.demo.corpus import chats, project, sums
+from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, system, user
+from hetero_glm5.demo.corpus.tool_table import TABLE
+from hetero_glm5.demo.corpus.tool_table_more import MORE
+from hetero_glm5.demo.corpus.tool_values import Value, schema, value
+from hetero_glm5.demo.corpus.words import Draw, held_out
+
+KIND = "tools"
+OFTEN = {"get_weather": 8, "get_time": 2, "web_search": 2, "calculate": 2}  # times as often as the other tools
+CHAINS = (  # first tool, its field, second tool, the argument it fills, what the user says
+    ("find_contact", "email", "send_email", "to", 'Look up {name} and email "{body}". | Email {name} "{body}", please.'),
+    ("find_contact", "email", "send_email", "to", 'Find the address of {name} and write "{body}".'),
+    ("list_files", "first", "read_file", "path", "Read the first file in {folder}."),
+    ("list_files", "first", "delete_file", "path", "Delete the first file in {folder}."),
+    ("search_news", "headline", "take_note", "text", "Find news about {topic} and note the headline."),
+    ("web_search", "url", "open_page", "url", "Search for {query} and open the page."),
+    ("get_user", "email", "send_email", "to", 'Email user {user} "{body}".'),
+    ("get_user", "name", "call_contact", "person", "Call user {user}."),
+    ("list_events", "title", "cancel_event", "title", "Cancel what I have planned on {day}."),
+    ("find_places", "street", "call_taxi", "address", "Find a {kind} in {city} and call a taxi to it."),
+    ("list_todos", "first", "set_reminder", "text", "Remind me of my first task at {time}."),
+)  # fmt: skip
+ERRORS = ("not found", "no connection", "permission denied", "timeout", "unknown name")
+SYSTEMS = (
+    "You are a helpful assistant.",
+    "Use the tools when they help.",
+    "Answer briefly.",
+    "You are a voice assistant.",
+)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    names: tuple[str, ...]
+    kind: str
+    descriptions: tuple[str, ...]
+    phrase: str | None  # how the user asks for an optional one
+
+
+@dataclass(frozen=True)
+class Tool:
+    names: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    asks: tuple[str, ...]
+    both: tuple[str, ...]
+    fields: tuple[tuple[str, str], ...]
+    says: tuple[str, ...]
+
+    @property
+    def few(self) -> bool:
+        """Its requests are too few to hold some out."""
+        return all(p.kind == "day" or "/" in p.kind or p.kind.startswith("bool") for p in self.parameters)
+
+
+def parse_table(text: str) -> dict[str, Tool]:
+    """Tools by their first name."""
+    tools = {}
+    for block in text.strip().split("\n\n"):
+        names, *lines = block.splitlines()
+        rows: dict[str, tuple[str, ...]] = {"both": ()}
+        parameters = []
+        for head, rest in (line.split(" ", 1) for line in lines):
+            if head in "+?":
+                parameters.append(_parameter(rest))
+            else:
+                rows[head] = tuple(rest.split(" | "))
+        fields = tuple(tuple(field.split("=", 1)) for field in rows["gets"][0].split())
+        tool = Tool(
+            tuple(names.split()), rows["does"], tuple(parameters), rows["ask"], rows["both"], fields, rows["says"]
+        )
+        tools[tool.names[0]] = tool
+    return tools
+
+
+def _parameter(line: str) -> Parameter:
+    match = re.fullmatch(r"([\w ]+) = ([^ ,]+)(?:, (.+?))? : (.+)", line)
+    assert match, line
+    names, kind, phrase, descriptions = match.groups()
+    return Parameter(tuple(names.split()), kind, tuple(descriptions.split(" | ")), phrase)
+
+
+TOOLS = parse_table(TABLE + MORE)
+_WEIGHTED = [name for name in TOOLS for _ in range(OFTEN.get(name, 1))]
+_TRAIN_NAMES = {  # a name that is held out is never offered in training, but for the first ones
+    names: [name for i, name in enumerate(names) if i == 0 or not held_out(name)]
+    for tool in TOOLS.values()
+    for names in (tool.names, *(parameter.names for parameter in tool.parameters))
+}
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A tool as one document shows it: `keys` are its arguments' names there, by their names in the table."""
+
+    tool: Tool
+    name: str
+    keys: dict[str, str]
+    json: dict[str, Any]
+
+
+def offer(draw: Draw, tool: Tool) -> Offer:
+    name = _function_name(draw, tool)
+    keys: dict[str, str] = {}
+    for parameter in tool.parameters:
+        free = [key for key in _names(draw, parameter.names) if key not in keys.values()]
+        keys[parameter.names[0]] = parameter.names[0] if draw.chance(0.3) or not free else draw.choice(free)
+    if len(set(keys.values())) < len(keys):  # a later first name was taken as an earlier synonym
+        keys = {first: first for first in keys}
+    described = draw.chance(0.7)
+    properties = {}
+    for parameter in tool.parameters:
+        properties[keys[parameter.names[0]]] = schema(parameter.kind) | (
+            {"description": draw.choice(parameter.descriptions)} if described else {}
+        )
+    required = [keys[p.names[0]] for p in tool.parameters if p.phrase is None]
+    parameters: dict[str, Any] = {"type": "object", "properties": properties}
+    if required or draw.chance(0.5):
+        parameters["required"] = required
+    if draw.chance(0.1):
+        parameters["additionalProperties"] = False
+    function = {"name": name, "description": draw.choice(tool.descriptions), "parameters": parameters}
+    return Offer(tool, name, keys, {"type": "function", "function": function})
+
+
+def _names(draw: Draw, names: tuple[str, ...]) -> list[str]:
+    return list(names) if draw.held_out else _TRAIN_NAMES[names]
+
+
+def _function_name(draw: Draw, tool: Tool) -> str:
+    name = tool.names[0] if draw.chance(0.3) else draw.choice(_names(draw, tool.names))
+    style = draw.integer(0, 9)
+    if style < 2:
+        head, *rest = name.split("_")
+        return head + "".join(word.capitalize() for word in rest)
+    if style < 4:
+        return f"{draw.invented().lower()}_{name}"
+    return name
+
+
+@dataclass(frozen=True)
+class Call:
+    offer: Offer
+    values: dict[str, Value]  # by the argument's name in the table
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {self.offer.keys[key]: json_value for key, (json_value, _) in self.values.items()}
+
+    @property
+    def plan(self) -> str:
+        keys = [self.offer.keys[key] for key in self.values]
+        return self.offer.name + (f" with {', '.join(keys)}" if keys else "")
+
+    @property
+    def said(self) -> dict[str, str]:
+        return {key: said for key, (_, said) in self.values.items()}
+
+
+Round = tuple[str, list[list[Call]]]  # what the user says, and the calls of each assistant's turn
+
+
+def single(draw: Draw, offered: Offer) -> Round:
+    tool = offered.tool
+    values, phrases = {}, ""
+    for parameter in tool.parameters:
+        if parameter.phrase is None:
+            values[parameter.names[0]] = value(draw, parameter.kind)
+        elif draw.chance(0.35):
+            values[parameter.names[0]] = drawn = value(draw, parameter.kind)
+            phrases += " " + parameter.phrase.format(drawn[1])
+    if tool.names[0] in ("convert_units", "convert_currency") and values["source"] == values["target"]:
+        return single(draw, offered)
+    call = Call(offered, values)
+    ask = draw.choice(tool.asks)
+    end = ask[-1] if ask[-1] in ".?" else ""
+    return ask.removesuffix(end).format(**call.said) + phrases + end, [[call]]
+
+
+def parallel(draw: Draw, offered: Offer) -> Round:
+    first = offered.tool.parameters[0]
+    pair = draw.several(lambda: value(draw, first.kind), 2)
+    ask = draw.choice(offered.tool.both).format(a=pair[0][1], b=pair[1][1])
+    return ask, [[Call(offered, {first.names[0]: drawn}) for drawn in pair]]
+
+
+def chain(draw: Draw, link: tuple[str, str, str, str, str], offers: dict[str, Offer]) -> Round:
+    """Two calls, the second with a value from the first one's result: `follow` fills it in."""
+    first, _, second, filled, asks = link
+    ask = draw.text(asks)
+    values = [
+        {p.names[0]: value(draw, p.kind) for p in TOOLS[name].parameters if p.phrase is None}
+        for name in (first, second)
+    ]
+    said = {key: drawn[1] for drawn_of in reversed(values) for key, drawn in drawn_of.items()}
+    calls = [[Call(offers[name], drawn)] for name, drawn in zip((first, second), values, strict=True)]
+    return ask.format(**said), calls
+
+
+def result(draw: Draw, call: Call) -> dict[str, Value]:
+    fields = {}
+    for name, kind in call.offer.tool.fields:
+        fields[name] = value(draw, kind)
+    if call.offer.tool.names[0] in ("calculate", "run_code"):
+        text = next(iter(call.said.values())).removeprefix("print(").removesuffix(")")
+        a, op, b = text.split()
+        total = sums.result(int(a), op, int(b))
+        fields = dict.fromkeys(fields, (total, str(total)))
+    return fields
+
+
+def answer(draw: Draw, call: Call, fields: dict[str, Value]) -> str:
+    """Capitalised, as a value may come first."""
+    said = call.said | {key: text if text else str(raw).lower() for key, (raw, text) in fields.items()}
+    text = draw.choice(call.offer.tool.says).format(**said)
+    return text[0].upper() + text[1:]
+
+
+def called(calls: list[Call], number: int, reasoning: str) -> Message:
+    functions = [{"name": call.offer.name, "arguments": call.arguments} for call in calls]
+    items = [
+        {"id": f"call_{number}_{i}", "type": "function", "function": function} for i, function in enumerate(functions)
+    ]
+    return assistant("", reasoning) | {"tool_calls": items}
+
+
+def plan(calls: list[Call]) -> str:
+    return f"I call {', then '.join(call.plan for call in calls)}."
+
+
+def answered(message: Message, results: list[dict[str, Any]]) -> list[Message]:
+    return [
+        {"role": "tool", "tool_call_id": call["id"], "content": json.dumps(fields, ensure_ascii=False)}
+        for call, fields in zip(message["tool_calls"], results, strict=True)
+    ]
+
+
+def conversation(draw: Draw, round_: Round, link: tuple[str, ...] | None, thinking: bool) -> list[Message]:
+    """One request up to its answer."""
+    ask, steps = round_
+    messages = [user(ask)]
+    intro = ""
+    for number, calls in enumerate(steps):
+        messages.append(called(calls, number, (intro + plan(calls)) if thinking else ""))
+        if draw.chance(0.05):
+            error = draw.choice(ERRORS)
+            messages += answered(messages[-1], [{"error": error}] * len(calls))
+            said = f"Sorry, that did not work: {error}."
+            return [*messages, assistant(said, "The call failed." if thinking else "")]
+        results = [result(draw, call) for call in calls]
+        messages += answered(messages[-1], [{key: raw for key, (raw, _) in fields.items()} for fields in results])
+        intro = "I have the result. "
+        if link and number == 0:
+            steps[1][0].values[link[3]] = results[0][link[1]]
+    said = " ".join(answer(draw, call, fields) for call, fields in zip(calls, results, strict=True))
+    return [*messages, assistant(said, intro.strip() if thinking else "")]
+
+
+def toolless(draw: Draw, thinking: bool) -> list[Message]:
+    """What needs no tool, though tools are offered."""
+    if thinking and draw.chance(0.4):
+        return sums.turn(draw, thinking)
+    ask, said = project.question(draw) if draw.chance(0.4) else chats.fact(draw)
+    return [user(ask), assistant(said, "I need no tool." if thinking else "")]
+
+
+def pick(draw: Draw, count: int, wanted: list[str]) -> list[Offer]:
+    """`count` offers of different tools and names, those of `wanted` among them, in any order."""
+    names = list(wanted)
+    while len(names) < count:
+        if (name := draw.choice(_WEIGHTED)) not in names:
+            names.append(name)
+    offers: list[Offer] = []
+    for name in names:
+        while (offered := offer(draw, TOOLS[name])).name in {other.name for other in offers}:
+            pass
+        offers.append(offered)
+    draw.rng.shuffle(offers)
+    return offers
+
+
+def _shown(offers: list[Offer]) -> list[dict[str, Any]]:
+    return [offered.json for offered in offers]
+
+
+def _belongs(draw: Draw, make: Callable[[], Round]) -> Round:
+    """A request of this split."""
+    while True:
+        ask, steps = make()
+        few = all(call.offer.tool.few for calls in steps for call in calls)
+        if few or held_out(ask) == draw.held_out:
+            return ask, steps
+
+
+def request(draw: Draw, offers: list[Offer], thinking: bool) -> list[Message]:
+    kind = draw.rng.random()
+    if kind < 0.1:
+        return toolless(draw, thinking)
+    if kind < 0.16:
+        others = [name for name in TOOLS if all(name != offered.tool.names[0] for offered in offers)]
+        missing = Offer(TOOLS[draw.choice(others)], "", {}, {})
+        ask, _ = _belongs(draw, lambda: single(draw, missing))
+        return [user(ask), assistant("Sorry, I have no tool for that.", "No tool does that." if thinking else "")]
+    twice = [offered for offered in offers if offered.tool.both]
+    if kind < 0.38 and twice:
+        offered = draw.choice(twice)
+        return conversation(draw, _belongs(draw, lambda: parallel(draw, offered)), None, thinking)
+    offered = draw.choice(offers)
+    return conversation(draw, _belongs(draw, lambda: single(draw, offered)), None, thinking)
+
+
+def documents(draw: Draw) -> Iterator[Document]:
+    while True:
+        thinking = draw.chance(0.6)
+        messages = [system(draw.choice(SYSTEMS))] if draw.chance(0.15) else []
+        if draw.chance(0.1):
+            link = draw.choice(CHAINS)
+            offers = pick(draw, draw.integer(2, 4), [link[0], link[2]])
+            by_name = {offered.tool.names[0]: offered for offered in offers}
+            round_ = _belongs(draw, lambda link=link, offers=by_name: chain(draw, link, offers))
+            messages += conversation(draw, round_, link, thinking)
+        else:
+            wanted = [draw.choice(_WEIGHTED)]
+            offers = pick(draw, draw.integer(1, 4), wanted)
+            for _ in range(draw.choice((1, 1, 2, 3, 4))):
+                messages += request(draw, offers, thinking)
+        yield chat(KIND, messages, _shown(offers))
+
+
+def tasks(draw: Draw, tokens: int) -> Iterator[Task]:
+    """Four in five want calls, one wants the answer that quotes a result."""
+    while True:
+        offers = pick(draw, draw.integer(1, 4), [draw.choice(_WEIGHTED)])
+        twice = [offered for offered in offers if offered.tool.both]
+        if twice and draw.chance(0.25):
+            offered = draw.choice(twice)
+            round_ = _belongs(draw, lambda offered=offered: parallel(draw, offered))
+        else:
+            offered = draw.choice(offers)
+            round_ = _belongs(draw, lambda offered=offered: single(draw, offered))
+        thinking = draw.chance(0.6)
+        ask, (calls,) = round_
+        expected: Any = [{"name": call.offer.name, "arguments": call.arguments} for call in calls]
+        messages = [user(ask)]
+        if draw.chance(0.2):
+            messages.append(called(calls, 0, plan(calls) if thinking else ""))
+            results = [result(draw, call) for call in calls]
+            messages += answered(messages[-1], [{key: raw for key, (raw, _) in fields.items()} for fields in results])
+            expected = " ".join(answer(draw, call, fields) for call, fields in zip(calls, results, strict=True))
+            for item in messages[1]["tool_calls"]:
+                item["function"]["arguments"] = json.dumps(item["function"]["arguments"], ensure_ascii=False)
+        yield Task(KIND, messages, _shown(offers), thinking, expected)
