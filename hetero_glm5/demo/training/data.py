@@ -96,30 +96,30 @@ def make_file(tokenizer: Tokenizer, split: str, seed: int, size: int) -> dict[st
 
 
 class Stream:
-    """Batches of `length` tokens from the files of one split. `files` of them are read again and again; documents
-    shorter than `shortest` or longer than a batch are left out."""
+    """Batches of `length` tokens from the files of one split, `files` of which are read again and again."""
 
-    def __init__(self, folder: Path, split: str, files: int, length: int, shortest: int = 0):
-        self.folder, self.split, self.files, self.length, self.shortest = folder, split, files, length, shortest
-        self.number = -1
+    def __init__(self, folder: Path, split: str, files: int, length: int):
+        self.folder, self.split, self.files, self.length = folder, split, files, length
+        self.number, self.limits = -1, (0, 0)
         self.packed: list[list[int]] = []
         self.pad = load_tokenizer(folder).token_to_id(PAD)
 
-    def open(self, number: int) -> int:
-        """Reads file `number` once it exists; returns its batches' count."""
-        if number != self.number:
+    def open(self, number: int, limits: tuple[int, int]) -> int:
+        """Reads file `number` once it exists; returns its batches' count. Documents whose length lies outside `limits`,
+        or above a batch's, are left out."""
+        if (number, limits) != (self.number, self.limits):
             path = file_path(self.folder, self.split, number % self.files)
             while not path.exists():
                 time.sleep(1)
             with np.load(path) as arrays:
                 self.arrays = {key: arrays[key] for key in arrays}
-            self.number = number
+            self.number, self.limits = number, limits
             self.lengths = np.diff(self.arrays["ends"], prepend=0)
             self.packed = list(self._pack(np.random.default_rng(number)))
         return len(self.packed)
 
     def _pack(self, rng: np.random.Generator) -> Iterator[list[int]]:
-        fits = (self.lengths >= self.shortest) & (self.lengths <= self.length)
+        fits = (self.lengths >= self.limits[0]) & (self.lengths <= min(self.limits[1], self.length))
         waiting = [int(i) for i in rng.permutation(len(self.lengths)) if fits[i]]
         while waiting:
             chosen, room = [], self.length

@@ -94,16 +94,17 @@ class Forward:
         return angle.cos(), angle.sin()
 
     def layer(self, x: Tensor, module: Any, spans: Spans, rotation: tuple[Tensor, Tensor], watch: Any = None) -> Tensor:
-        """One decoder layer over x [T, d]. `watch` may hold attention hooks (`attention(module, h, ql)`) and takes the
-        load of the experts (`load(module, counts)`)."""
+        """One decoder layer over x [T, d]. `watch` may give attention its hooks and takes the load of the experts."""
         attention = module.self_attn
         weights = [
             attention.q_a_proj.weight, attention.q_a_layernorm.weight, attention.q_b_proj.weight,
             attention.kv_a_proj_with_mqa.weight, attention.kv_a_layernorm.weight, attention.kv_b_proj.weight,
         ]  # fmt: skip
         q, k, v, h, ql = self.qkv(x, module.input_layernorm.weight, weights, rotation, self.shape, self.dtype)
-        hooks = None if watch is None else watch.attention(attention, h, ql)
+        hooks = None if watch is None else watch.attention(attention, (h, ql), rotation)
         attended = Attend.apply(q, k, v, spans, hooks)
+        if hooks is not None:
+            hooks.finish()
         norm = module.post_attention_layernorm.weight
         x, h = self.after(x, attended, attention.o_proj.weight, norm, self.shape.eps, self.dtype)
         mlp = module.mlp

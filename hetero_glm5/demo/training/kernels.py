@@ -28,8 +28,8 @@ def blocks(start: int, end: int) -> list[tuple[int, int]]:
 class Attend(torch.autograd.Function):
     """Causal attention within documents. q (scaled) and k [H, T, D], v [H, T, V] -> [H, T, V].
 
-    `allowed(start, a, b)` gives the mask [b-a, b-start] of what queries a..b may attend to besides causality, or None
-    for all; `seen(start, a, b, p)` is handed the probabilities [H, b-a, b-start].
+    `hooks.allowed(start, a, b)` gives the mask [b-a, b-start] of what queries a..b may attend to besides causality, or
+    None for all; `hooks.seen(p)` is then handed the probabilities [H, b-a, b-start].
     """
 
     @staticmethod
@@ -44,7 +44,7 @@ class Attend(torch.autograd.Function):
                     scores.masked_fill_(~allowed, -torch.inf)
                 p = torch.softmax(scores, -1)
                 if hooks is not None:
-                    hooks.seen(start, a, b, p)
+                    hooks.seen(p)
                 torch.bmm(p, v[:, start:b], out=out[:, a:b])
                 saved.append((start, a, b, p))
         ctx.save_for_backward(q, k, v)

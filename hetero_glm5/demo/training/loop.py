@@ -22,10 +22,10 @@ from hetero_glm5.demo.corpus import KINDS
 from hetero_glm5.demo.training.data import Stream
 from hetero_glm5.demo.training.model import Demo
 from hetero_glm5.demo.training.optimizer import Optimizer, schedule
-from hetero_glm5.demo.training.stages import STAGES, Watch
+from hetero_glm5.demo.training.stages import INDEXER_SHARE, STAGES, Scored, Watch
 
 CLIP = 1.0
-NAMES = (*KINDS, *(f"{kind} prompt" for kind in KINDS))
+NAMES = (*KINDS, *(f"{kind} prompt" for kind in KINDS), "indexer")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Progress:
     tokens: int = 0
     file: int = 0
     batch: int = 0
+    limits: tuple[int, int] = (0, 0)  # of documents' lengths, set when a file is opened
     seconds: float = 0.0
 
 
@@ -117,8 +118,8 @@ class Worker:
         self.stage = kind(shared.demo, compiled=plan.compiled)
         self.gates = kind.gates(shared.demo)
         self.optimizer, self.progress = shared.optimizer, shared.progress
-        self.stream = Stream(plan.out, "train", plan.files, plan.length, kind.shortest)
-        self.held_out = Stream(plan.out, "held-out", 1, plan.length, kind.shortest)
+        self.stream = Stream(plan.out, "train", plan.files, plan.length)
+        self.held_out = Stream(plan.out, "held-out", 1, plan.length)
         self.slices, start = {}, 0
         for parameter in shared.demo.parameters():
             parameter.requires_grad_(False)
@@ -169,25 +170,30 @@ class Worker:
         """Of this process's batches, into its row of the shared buffer; the place of the next step's batches."""
         plan, progress = self.plan, self.progress
         group = plan.workers * plan.batches
-        if progress.batch + group > self.stream.open(progress.file):
-            progress.file, progress.batch = progress.file + 1, 0
-            self.stream.open(progress.file)
+        if progress.batch + group > self.stream.open(progress.file, progress.limits):
+            progress.file, progress.batch = progress.file + (progress.step > 0), 0
+            progress.limits = self.stage.limits(progress.tokens / plan.tokens)
+            self.stream.open(progress.file, progress.limits)
         self.shared.gradients[self.rank].zero_()
         self.shared.losses[self.rank].zero_()
-        watch = Watch(self.gates, plan.config["n_routed_experts"])
+        self.shared.loads[self.rank].zero_()
         for i in range(plan.batches):
             batch = self.stream.batch(progress.batch + i * plan.workers + self.rank)
-            loss, each = self.stage.loss(batch, watch)
-            (loss / group).backward()
-            self.add_losses(batch, each)
-        self.shared.loads[self.rank] = watch.counts
+            watch = self.stage.watch()
+            watch.scale = INDEXER_SHARE / group / plan.length
+            scored = self.stage.loss(batch, watch)
+            if scored.loss is not None:
+                (scored.loss / group).backward()
+            self.add_losses(scored, watch)
+            self.shared.loads[self.rank] += watch.counts
         progress.batch += group
 
-    def add_losses(self, batch: Any, each: Tensor) -> None:
-        real = (batch.weights > 0).double()
+    def add_losses(self, scored: Scored, watch: Watch) -> None:
+        real = (scored.weights > 0).double()
         sums = self.shared.losses[self.rank]
-        sums[:, 0].index_add_(0, batch.kinds, each.double() * real)
-        sums[:, 1].index_add_(0, batch.kinds, real)
+        sums[:, 0].index_add_(0, scored.kinds, scored.each.double() * real)
+        sums[:, 1].index_add_(0, scored.kinds, real)
+        sums[-1] += torch.tensor(watch.divergence())
 
     def gradient(self, name: str) -> Tensor:
         total = self.shared.gradients[:, self.slices[name]].sum(0)
@@ -231,9 +237,9 @@ class Worker:
         """Mean loss of each kind on held-out documents."""
         self.meet()
         self.shared.losses[self.rank].zero_()
-        for index in range(self.rank, min(most, self.held_out.open(0)), self.plan.workers):
-            batch = self.held_out.batch(index)
-            self.add_losses(batch, self.stage.loss(batch, None)[1])
+        for index in range(self.rank, min(most, self.held_out.open(0, (0, self.plan.length))), self.plan.workers):
+            watch = self.stage.watch()
+            self.add_losses(self.stage.loss(self.held_out.batch(index), watch), watch)
         self.meet()
         if self.rank == 0:
             self.log(held_out=means(self.shared.losses.sum(0)))
