@@ -1,4 +1,4 @@
-"""From a checkpoint of the training to a model in Hugging Face layout, as GLM-5's is: BF16, biases of the routers F32."""
+"""From a checkpoint of the training to a model in Hugging Face layout: BF16, biases of the routers F32."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class Forward:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * c.routed_scaling_factor
         if watch is not None:
             watch.load(mlp.gate, torch.bincount(chosen.reshape(-1), minlength=c.n_routed_experts))
-        return RoutedExperts.apply(h, weights, chosen, self.kernels, mlp.experts.gate_up_proj, mlp.experts.down_proj)
+        return RoutedExperts.apply(h, weights, (chosen, self.kernels), mlp.experts.gate_up_proj, mlp.experts.down_proj)
 
     def trunk(self, model: Any, tokens: Tensor, positions: Tensor, spans: Spans, watch: Any = None) -> Tensor:
         """Hidden states [T, d] after the final norm, in `dtype`."""

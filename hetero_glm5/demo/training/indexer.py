@@ -16,9 +16,9 @@ K_NORM_EPS = 1e-6
 
 
 class Indexing:
-    """What Attend asks and tells about one layer: attention is restricted to the index_topk best scores if `select`; KL
-    is measured if `scale` is given, and gradients of scale · KL are gathered if it is not 0. Only queries that come late
-    enough to need a selection, or half as late, count for KL."""
+    """What Attend asks and tells about one layer: attention is restricted to the index_topk best scores if `select`;
+    KL is measured if `scale` is given, and gradients of scale · KL are gathered if it is not 0. Only queries that come
+    late enough to need a selection, or half as late, count for KL."""
 
     def __init__(self, indexer: Any, inputs: tuple[Tensor, Tensor], rotation: tuple[Tensor, Tensor]):
         self.indexer, self.select = indexer, False

@@ -103,13 +103,13 @@ def compile_(function: Any) -> Any:
 class RoutedExperts(torch.autograd.Function):
     """Sum over each token's experts of weight · down(silu(gate x) · (up x)).
 
-    x [T, d], weights and experts [T, k], gate_up [E, 2·I, d] (gate rows first), down [E, d, I] -> [T, d]. Rows are
-    sorted by expert, so that each expert is one product; the routing weight enters before `down`.
+    x [T, d], weights [T, k], routing = (experts [T, k], Kernels), gate_up [E, 2·I, d] (gate rows first), down
+    [E, d, I] -> [T, d]. Rows are sorted by expert, so that each expert is one product; the routing weight enters before `down`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, experts: Tensor, matrices: Any, gate_up: Tensor, down: Tensor):
-        kernels: Kernels = matrices
+    def forward(ctx: Any, x: Tensor, weights: Tensor, routing: Any, gate_up: Tensor, down: Tensor) -> Tensor:
+        experts, kernels = routing
         per_token = experts.shape[1]
         order = torch.argsort(experts.reshape(-1), stable=True)
         place = torch.empty_like(order)
@@ -145,7 +145,7 @@ class RoutedExperts(torch.autograd.Function):
             torch.mm(dhidden[a:b], gate_up[e], out=drows[a:b])
             torch.mm(dhidden[a:b].t(), rows[a:b], out=dgate_up[e])
         dx = ctx.kernels.gather_sum(drows, place)
-        return dx, dweight[place], None, None, dgate_up.float(), ddown.float()
+        return dx, dweight[place], None, dgate_up.float(), ddown.float()
 
 
 def _loss(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from hetero_glm5.core import UserError
 from hetero_glm5.demo.corpus import KINDS
 from hetero_glm5.demo.training.data import Stream
 from hetero_glm5.demo.training.model import Demo
@@ -74,7 +75,7 @@ class Shared:
                 break
         else:
             if stage.before:
-                raise FileNotFoundError(f"{checkpoint_path(plan.out, stage.before)}: train {stage.before} first.")
+                raise UserError(f"{checkpoint_path(plan.out, stage.before)} is missing; train {stage.before} first.")
         self.demo.share_memory()
         rates = stage.rates.changed(plan.matrix_rate, plan.table_rate)
         self.optimizer = Optimizer(stage.parameters(self.demo), rates)
@@ -173,7 +174,8 @@ class Worker:
         if progress.batch + group > self.stream.open(progress.file, progress.limits):
             progress.file, progress.batch = progress.file + (progress.step > 0), 0
             progress.limits = self.stage.limits(progress.tokens / plan.tokens)
-            self.stream.open(progress.file, progress.limits)
+            if self.stream.open(progress.file, progress.limits) < group:
+                raise UserError(f"File {progress.file} of {plan.out} has no {group} batches of such documents.")
         self.shared.gradients[self.rank].zero_()
         self.shared.losses[self.rank].zero_()
         self.shared.loads[self.rank].zero_()

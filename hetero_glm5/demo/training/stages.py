@@ -64,6 +64,8 @@ class Scored:
 
 
 class Dense:
+    """the model, with attention to all earlier tokens"""
+
     name, before = "dense", ""
     rates = Rates(matrix=0.01, table=0.004)
 
@@ -78,8 +80,7 @@ class Dense:
     def gates(demo: Demo) -> list[nn.Module]:
         return [layer.mlp.gate for layer in demo.trunk.model.layers if hasattr(layer.mlp, "gate")]
 
-    @staticmethod
-    def limits(share: float) -> tuple[int, int]:
+    def limits(self, share: float) -> tuple[int, int]:
         """The lengths of the documents to learn from when `share` of the tokens is done: long ones, whose attention
         costs, come when short ones are understood."""
         return (0, 1024) if share < 0.5 else (0, LONG)
@@ -105,6 +106,8 @@ class Dense:
 
 
 class Indexers(Dense):
+    """the indexers, from the attention of the dense model"""
+
     name, before = "indexer", "dense"
     rates = Rates(matrix=0.01, table=0.002, weight_decay=0.0)
 
@@ -116,9 +119,8 @@ class Indexers(Dense):
     def gates(demo: Demo) -> list[nn.Module]:
         return []
 
-    @staticmethod
-    def limits(share: float) -> tuple[int, int]:
-        return 512, LONG
+    def limits(self, share: float) -> tuple[int, int]:
+        return self.demo.trunk.config.index_topk, LONG
 
     def indexers(self) -> tuple[list[nn.Module], list[nn.Module]]:
         return [], [layer.self_attn for layer in self.demo.trunk.model.layers]
@@ -131,6 +133,8 @@ class Indexers(Dense):
 
 
 class Sparse(Dense):
+    """the model with index_topk in force, and its indexers"""
+
     name, before = "sparse", "indexer"
     rates = Rates(matrix=0.001, table=0.0004)
 
@@ -138,8 +142,7 @@ class Sparse(Dense):
     def parameters(demo: Demo) -> dict[str, nn.Parameter]:
         return {name: p for name, p in demo.named_parameters() if _in_trunk(name)}
 
-    @staticmethod
-    def limits(share: float) -> tuple[int, int]:
+    def limits(self, share: float) -> tuple[int, int]:
         return 0, LONG
 
     def indexers(self) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -148,6 +151,8 @@ class Sparse(Dense):
 
 
 class MTP(Dense):
+    """the MTP layer; the model is frozen"""
+
     name, before = "mtp", "sparse"
     rates = Rates(matrix=0.01, table=0.004)
 
