@@ -104,7 +104,8 @@ class RoutedExperts(torch.autograd.Function):
     """Sum over each token's experts of weight · down(silu(gate x) · (up x)).
 
     x [T, d], weights [T, k], routing = (experts [T, k], Kernels), gate_up [E, 2·I, d] (gate rows first), down
-    [E, d, I] -> [T, d]. Rows are sorted by expert, so that each expert is one product; the routing weight enters before `down`.
+    [E, d, I] -> [T, d]. Rows are sorted by expert, so that each expert is one product; the routing weight enters before
+    `down`.
     """
 
     @staticmethod
