@@ -13,6 +13,7 @@ import argparse
 import math
 import multiprocessing
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def config_for(out: Path) -> dict[str, Any]:
     }
 
 
-def train(stage: str, args: argparse.Namespace) -> None:
+def train(stage: str, args: argparse.Namespace, minutes: float) -> bool:
+    """Whether the stage is done."""
     tokens = args.tokens or TOKENS[stage]
     there = len(list(args.out.glob("train-*.npz")))
     files = max(there, math.ceil((args.data_tokens or tokens) / FILE_TOKENS))
@@ -56,13 +58,13 @@ def train(stage: str, args: argparse.Namespace) -> None:
     writer = multiprocessing.get_context("spawn").Process(target=write_data, args=(args.out, files, args.seed))
     writer.start()
     try:
-        run(
+        return run(
             Plan(
                 out=args.out,
                 config=config,
                 stage=stage,
                 tokens=int(tokens),
-                minutes=args.minutes,
+                minutes=minutes,
                 workers=args.workers,
                 length=args.length,
                 batches=args.batches,
@@ -117,8 +119,10 @@ def main() -> None:
         elif args.stage == "export":
             export_last(args)
         else:
+            begun = time.monotonic()
             for stage in STAGES if args.stage == "all" else (args.stage,):
-                train(stage, args)
+                if not train(stage, args, args.minutes - (time.monotonic() - begun) / 60):
+                    break
     except (UserError, OSError) as error:
         sys.exit(f"train: {error}")
 

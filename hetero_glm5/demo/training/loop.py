@@ -97,14 +97,17 @@ def checkpoint_path(out: Path, stage: str) -> Path:
     return out / f"{stage}.pt"
 
 
-def run(plan: Plan) -> None:
-    """Trains one stage until its planned tokens are done or the minutes are over."""
+def run(plan: Plan) -> bool:
+    """Trains one stage until its planned tokens are done (True) or the minutes are over (False)."""
     shared = Shared(plan)
+    if shared.progress.tokens >= plan.tokens:
+        return True
     if plan.workers == 1:
         Worker(0, shared, plan, None).train()
-        return
-    barrier = mp.get_context("spawn").Barrier(plan.workers)
-    mp.spawn(_work, (shared, plan, barrier), nprocs=plan.workers)
+    else:
+        barrier = mp.get_context("spawn").Barrier(plan.workers)
+        mp.spawn(_work, (shared, plan, barrier), nprocs=plan.workers)
+    return not shared.stop.item()
 
 
 def _work(rank: int, shared: Shared, plan: Plan, barrier: Any) -> None:
@@ -213,7 +216,7 @@ class Worker:
         progress, now = self.progress, time.monotonic()
         progress.seconds = self.spent + now - self.begun
         self.sums += self.shared.losses.sum(0)
-        if now - self.begun > 60 * self.plan.minutes:
+        if now - self.begun > 60 * self.plan.minutes and progress.tokens < self.plan.tokens:
             self.shared.stop[0] = 1
         if progress.step % self.plan.log_every == 0:
             loads = self.shared.loads.sum(0)
