@@ -96,24 +96,24 @@ def make_file(tokenizer: Tokenizer, split: str, seed: int, size: int) -> dict[st
 
 
 class Stream:
-    """Batches of `length` tokens from the files of one split, `files` of which are read again and again."""
+    """Batches from the files of one split, `files` of which are read again and again."""
 
-    def __init__(self, folder: Path, split: str, files: int, length: int):
-        self.folder, self.split, self.files, self.length = folder, split, files, length
-        self.number, self.limits = -1, (0, 0)
+    def __init__(self, folder: Path, split: str, files: int):
+        self.folder, self.split, self.files = folder, split, files
+        self.number, self.length, self.limits = -1, 0, (0, 0)
         self.packed: list[list[int]] = []
         self.pad = load_tokenizer(folder).token_to_id(PAD)
 
-    def open(self, number: int, limits: tuple[int, int]) -> int:
-        """Reads file `number` once it exists; returns its batches' count. Documents whose length lies outside `limits`,
-        or above a batch's, are left out."""
-        if (number, limits) != (self.number, self.limits):
+    def open(self, number: int, length: int, limits: tuple[int, int]) -> int:
+        """Reads file `number` once it exists; returns how many batches of `length` tokens it gives. Documents whose
+        length lies outside `limits`, or above a batch's, are left out."""
+        if (number, length, limits) != (self.number, self.length, self.limits):
             path = file_path(self.folder, self.split, number % self.files)
             while not path.exists():
                 time.sleep(1)
             with np.load(path) as arrays:
                 self.arrays = {key: arrays[key] for key in arrays}
-            self.number, self.limits = number, limits
+            self.number, self.length, self.limits = number, length, limits
             self.lengths = np.diff(self.arrays["ends"], prepend=0)
             self.packed = list(self._pack(np.random.default_rng(number)))
         return len(self.packed)

@@ -37,11 +37,11 @@ class Plan:
     tokens: int  # planned: the learning rate is a function of the share of them that is done
     minutes: float = 1e9  # of this run; it stops with a checkpoint
     workers: int = 2
-    length: int = 8192  # tokens in a batch
+    length: int = 8192  # tokens in a batch, at most
     batches: int = 1  # of each worker in a step
     files: int = 1  # of training data
     seed: int = 0
-    balance: float = 1e-3  # step of the routers' biases
+    balance: float = 2e-3  # step of the routers' biases
     save_seconds: float = 120
     log_every: int = 20
     eval_every: int = 200
@@ -56,7 +56,8 @@ class Progress:
     tokens: int = 0
     file: int = 0
     batch: int = 0
-    limits: tuple[int, int] = (0, 0)  # of documents' lengths, set when a file is opened
+    length: int = 0  # of batches; set, as the limits of documents' lengths are, when a file is opened
+    limits: tuple[int, int] = (0, 0)
     seconds: float = 0.0
 
 
@@ -122,8 +123,8 @@ class Worker:
         self.stage = kind(shared.demo, compiled=plan.compiled)
         self.gates = kind.gates(shared.demo)
         self.optimizer, self.progress = shared.optimizer, shared.progress
-        self.stream = Stream(plan.out, "train", plan.files, plan.length)
-        self.held_out = Stream(plan.out, "held-out", 1, plan.length)
+        self.stream = Stream(plan.out, "train", plan.files)
+        self.held_out = Stream(plan.out, "held-out", 1)
         self.slices, start = {}, 0
         for parameter in shared.demo.parameters():
             parameter.requires_grad_(False)
@@ -156,7 +157,7 @@ class Worker:
         scale = min(1.0, CLIP / (norm + 1e-6))
         self.optimizer.step(((name, g * scale) for name, g in gradients), factor)
         progress.step += 1
-        progress.tokens += self.plan.workers * self.plan.batches * self.plan.length
+        progress.tokens += self.plan.workers * self.plan.batches * progress.length
         if self.rank == 0:
             self.balance()
             self.account(factor, norm)
@@ -174,10 +175,11 @@ class Worker:
         """Of this process's batches, into its row of the shared buffer; the place of the next step's batches."""
         plan, progress = self.plan, self.progress
         group = plan.workers * plan.batches
-        if progress.batch + group > self.stream.open(progress.file, progress.limits):
+        if progress.batch + group > self.stream.open(progress.file, progress.length, progress.limits):
             progress.file, progress.batch = progress.file + (progress.step > 0), 0
-            progress.limits = self.stage.limits(progress.tokens / plan.tokens)
-            if self.stream.open(progress.file, progress.limits) < group:
+            share, *limits = self.stage.documents(progress.tokens / plan.tokens)
+            progress.length, progress.limits = int(share * plan.length), tuple(limits)
+            if self.stream.open(progress.file, progress.length, progress.limits) < group:
                 raise UserError(f"File {progress.file} of {plan.out} has no {group} batches of such documents.")
         self.shared.gradients[self.rank].zero_()
         self.shared.losses[self.rank].zero_()
@@ -185,7 +187,7 @@ class Worker:
         for i in range(plan.batches):
             batch = self.stream.batch(progress.batch + i * plan.workers + self.rank)
             watch = self.stage.watch()
-            watch.scale = INDEXER_SHARE / group / plan.length
+            watch.scale = INDEXER_SHARE / group / progress.length
             scored = self.stage.loss(batch, watch)
             if scored.loss is not None:
                 (scored.loss / group).backward()
@@ -242,7 +244,8 @@ class Worker:
         """Mean loss of each kind on held-out documents."""
         self.meet()
         self.shared.losses[self.rank].zero_()
-        for index in range(self.rank, min(most, self.held_out.open(0, (0, self.plan.length))), self.plan.workers):
+        count = self.held_out.open(0, self.plan.length, (0, self.plan.length))
+        for index in range(self.rank, min(most, count), self.plan.workers):
             watch = self.stage.watch()
             self.add_losses(self.stage.loss(self.held_out.batch(index), watch), watch)
         self.meet()

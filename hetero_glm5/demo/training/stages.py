@@ -80,10 +80,11 @@ class Dense:
     def gates(demo: Demo) -> list[nn.Module]:
         return [layer.mlp.gate for layer in demo.trunk.model.layers if hasattr(layer.mlp, "gate")]
 
-    def limits(self, share: float) -> tuple[int, int]:
-        """The lengths of the documents to learn from when `share` of the tokens is done: long ones, whose attention
-        costs, come when short ones are understood."""
-        return (0, 1024) if share < 0.5 else (0, LONG)
+    def documents(self, share: float) -> tuple[float, int, int]:
+        """What to learn from when `share` of the tokens is done: the length of batches, as a share of the largest, and
+        of documents, from and to. Small steps take a model far at first, and long documents, whose attention costs, are
+        of use when short ones are understood."""
+        return (0.5, 0, 1024) if share < 0.5 else (1.0, 0, LONG)
 
     def watch(self) -> Watch:
         return Watch(self.gates(self.demo), self.demo.trunk.config.n_routed_experts, *self.indexers())
@@ -119,8 +120,8 @@ class Indexers(Dense):
     def gates(demo: Demo) -> list[nn.Module]:
         return []
 
-    def limits(self, share: float) -> tuple[int, int]:
-        return self.demo.trunk.config.index_topk, LONG
+    def documents(self, share: float) -> tuple[float, int, int]:
+        return 1.0, self.demo.trunk.config.index_topk, LONG
 
     def indexers(self) -> tuple[list[nn.Module], list[nn.Module]]:
         return [], [layer.self_attn for layer in self.demo.trunk.model.layers]
@@ -142,8 +143,8 @@ class Sparse(Dense):
     def parameters(demo: Demo) -> dict[str, nn.Parameter]:
         return {name: p for name, p in demo.named_parameters() if _in_trunk(name)}
 
-    def limits(self, share: float) -> tuple[int, int]:
-        return 0, LONG
+    def documents(self, share: float) -> tuple[float, int, int]:
+        return 1.0, 0, LONG
 
     def indexers(self) -> tuple[list[nn.Module], list[nn.Module]]:
         modules = [layer.self_attn for layer in self.demo.trunk.model.layers]

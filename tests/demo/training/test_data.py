@@ -10,27 +10,27 @@ from hetero_glm5.demo.training.kernels import CHUNK
 @pytest.fixture
 def stream(tmp_path):
     write_toy_data(tmp_path)
-    return Stream(tmp_path, "train", 2, 512)
+    return Stream(tmp_path, "train", 2)
 
 
 def test_every_document_is_in_one_batch(stream):
-    count = stream.open(0, (0, 512))
+    count = stream.open(0, 512, (0, 512))
     packed = sorted(document for batch in stream.packed for document in batch)
     lost = set(range(120)) - set(packed)
     assert len(packed) == len(set(packed)) and stream.lengths[list(lost)].sum() < 512
     assert all(stream.lengths[batch].sum() <= 512 for batch in stream.packed)
     assert count == len(stream.packed) >= 4
-    assert stream.open(1, (0, 512)) and stream.open(2, (0, 512)), "files are read again"
+    assert stream.open(1, 512, (0, 512)) and stream.open(2, 512, (0, 512)), "files are read again"
 
 
 def test_limits(stream):
-    stream.open(0, (20, 30))
+    stream.open(0, 512, (20, 30))
     lengths = stream.lengths[[document for batch in stream.packed for document in batch]]
     assert len(lengths) and lengths.min() >= 20 and lengths.max() <= 30
 
 
 def test_a_batch(stream):
-    stream.open(0, (0, 512))
+    stream.open(0, 512, (0, 512))
     batch = stream.batch(1)
     documents = stream.packed[1]
     assert [b - a for a, b in batch.spans][: len(documents)] == stream.lengths[documents].tolist()
