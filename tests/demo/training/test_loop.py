@@ -20,11 +20,11 @@ def log(folder):
 def test_a_run_that_is_stopped_goes_on_to_the_same_parameters(tmp_path):
     once, often = tmp_path / "once", tmp_path / "often"
     for folder in (once, often):
-        write_toy_data(folder, documents=70)
-    run(toy_plan(once))
+        write_toy_data(folder, documents=50)
+    run(toy_plan(once, steps=4))
     steps = [(line["step"], line["file"], line["length"]) for line in log(once)]
     for _ in steps:
-        run(toy_plan(often, minutes=0))  # one step
+        run(toy_plan(often, steps=4, minutes=0))  # one step
     assert [(line["step"], line["file"], line["length"]) for line in log(often)] == steps
     assert {length for _, _, length in steps} == {256, 512} and len({file for _, file, _ in steps}) > 1
     for name, tensor in trained(once).items():
@@ -33,22 +33,22 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_parameters(tmp_path):
 
 def test_the_loss_falls(tmp_path):
     write_toy_data(tmp_path)
-    run(toy_plan(tmp_path, steps=45, eval_every=45))
+    run(toy_plan(tmp_path, steps=20, eval_every=10))
     losses = [sum(line["loss"].values()) / len(line["loss"]) for line in log(tmp_path) if "loss" in line]
-    assert sum(losses[-5:]) / 5 < 0.7 * losses[0]
-    held_out = next(line["held_out"] for line in log(tmp_path) if "held_out" in line)
-    assert max(held_out.values()) < 0.8 * losses[0]
+    assert sum(losses[-3:]) / 3 < 0.8 * losses[0]
+    held_out = next(line["held_out"] for line in reversed(log(tmp_path)) if "held_out" in line)
+    assert max(held_out.values()) < 0.9 * losses[0]
 
 
 def test_biases_move_the_loads_together(tmp_path):
-    write_toy_data(tmp_path, documents=500)
+    write_toy_data(tmp_path, documents=300)
     plan = toy_plan(tmp_path, balance=0.01, matrix_rate=1e-9, table_rate=1e-9, steps=200, length=2048)
     worker, loads = Worker(0, Shared(plan), plan, None), []
-    for _ in range(40):
+    for _ in range(30):
         worker.step()
         loads.append(worker.shared.loads[0].clone())
     first, last = (sum(part).std(1) for part in (loads[:8], loads[-8:]))
-    assert (last < 0.6 * first).all(), (first, last)
+    assert (last < 0.7 * first).all(), (first, last)
 
 
 def test_all_stages_train_what_they_should(tmp_path):
