@@ -76,10 +76,11 @@ def trained_tokenizer() -> Tokenizer:
 
 
 def _corpus() -> Iterator[str]:
+    control = re.compile("|".join(map(re.escape, CONTROL)))
     for kind in KINDS:
         characters = 0
         for document in itertools.islice(documents(kind, "train", 0), TRAINED_DOCUMENTS):
-            text = re.sub("|".join(map(re.escape, CONTROL)), "\n", document.text)
+            text = control.sub("\n", document.text)
             characters += len(text)
             yield text
             if characters > TRAINED_CHARACTERS:

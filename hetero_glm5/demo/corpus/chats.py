@@ -6,58 +6,52 @@ import json
 from collections.abc import Callable, Iterator
 
 from hetero_glm5.demo.corpus import project
-from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, system, user
+from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, opening, system, user
 from hetero_glm5.demo.corpus.tool_values import sentence
-from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, ROOMS, THINGS, Draw
+from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, ROOMS, THINGS, Draw, table
 
 KIND = "chats"
 Exchange = tuple[str, str, str]  # what the user says, the answer, and its word that counts
 
-CAPITALS = dict(
-    pair.split("=")
-    for pair in (
-        "France=Paris Germany=Berlin Italy=Rome Spain=Madrid Portugal=Lisbon England=London Ireland=Dublin Norway=Oslo "
-        "Sweden=Stockholm Finland=Helsinki Denmark=Copenhagen Poland=Warsaw Austria=Vienna Hungary=Budapest Greece=Athens "
-        "Turkey=Ankara Egypt=Cairo Kenya=Nairobi Japan=Tokyo China=Beijing India=Delhi Russia=Moscow Canada=Ottawa "
-        "Cuba=Havana Peru=Lima Chile=Santiago Belgium=Brussels Iceland=Reykjavik Latvia=Riga Thailand=Bangkok"
-    ).split()
+
+def _pairs(text: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in text.split())
+
+
+CAPITALS = _pairs(
+    "France=Paris Germany=Berlin Italy=Rome Spain=Madrid Portugal=Lisbon England=London Ireland=Dublin Norway=Oslo "
+    "Sweden=Stockholm Finland=Helsinki Denmark=Copenhagen Poland=Warsaw Austria=Vienna Hungary=Budapest Greece=Athens "
+    "Turkey=Ankara Egypt=Cairo Kenya=Nairobi Japan=Tokyo China=Beijing India=Delhi Russia=Moscow Canada=Ottawa "
+    "Cuba=Havana Peru=Lima Chile=Santiago Belgium=Brussels Iceland=Reykjavik Latvia=Riga Thailand=Bangkok"
 )
-COLOUR_OF = dict(
-    pair.split("=")
-    for pair in (
-        "grass=green snow=white blood=red coal=black honey=golden milk=white cherries=red lemons=yellow frogs=green "
-        "crows=black foxes=red swans=white gold=yellow leaves=green plums=purple carrots=orange mice=grey salt=white"
-    ).split()
+COLOUR_OF = _pairs(
+    "grass=green snow=white blood=red coal=black honey=golden milk=white cherries=red lemons=yellow frogs=green "
+    "crows=black foxes=red swans=white gold=yellow leaves=green plums=purple carrots=orange mice=grey salt=white"
 )
-LEGS = {
-    "dog": 4, "cat": 4, "horse": 4, "hen": 2, "crow": 2, "spider": 8, "ant": 6, "bee": 6, "snake": 0, "frog": 4, "swan": 2,
-    "beetle": 6, "goat": 4, "owl": 2, "fox": 4, "fly": 6, "duck": 2, "cow": 4, "worm": 0, "sheep": 4,
-}  # fmt: skip
-SOUNDS = {
-    "dog": "barks",
-    "cat": "meows",
-    "cow": "moos",
-    "duck": "quacks",
-    "owl": "hoots",
-    "frog": "croaks",
-    "crow": "caws",
-}
-OPPOSITES = (
-    "hot=cold big=small old=new fast=slow light=dark open=closed early=late full=empty hard=soft high=low long=short loud=quiet "
-    "rich=poor strong=weak wet=dry young=old clean=dirty heavy=light happy=sad near=far"
-).split()
-MEMORIES = (  # the user tells, the answer, asks later, the answer, the value's kind
-    ("My name is {}.", "Nice to meet you, {}.", "What is my name?", "Your name is {}.", "name"),
-    ("I am {}.", "Hello, {}.", "Who am I?", "You are {}.", "name"),
-    ("My dog is called {}.", "{} is a good name for a dog.", "What is my dog called?", "Your dog is called {}.", "name"),
-    ("I live in {}.", "I will remember that you live in {}.", "Where do I live?", "You live in {}.", "city"),
-    ("My favourite colour is {}.", "{} is a fine colour.", "What is my favourite colour?", "Your favourite colour is {}.",
-     "colour"),
-    ("My lucky number is {}.", "I will remember {}.", "What is my lucky number?", "Your lucky number is {}.", "number"),
-    ("I am {} years old.", "So you are {}.", "How old am I?", "You are {} years old.", "age"),
-    ("I like {}.", "Many people like {}.", "What do I like?", "You like {}.", "food"),
-    ("My key is in the {}.", "Your key is in the {}.", "Where is my key?", "Your key is in the {}.", "room"),
-)  # fmt: skip
+UNCOUNTED = table("grass snow blood coal honey milk gold salt")
+LEGS = _pairs(
+    "dog=four cat=four horse=four hen=two crow=two spider=eight ant=six bee=six snake=zero frog=four swan=two "
+    "beetle=six goat=four owl=two fox=four fly=six duck=two cow=four worm=zero sheep=four"
+)
+SOUNDS = _pairs("dog=barks cat=meows cow=moos duck=quacks owl=hoots frog=croaks crow=caws")
+OPPOSITES = _pairs(
+    "hot=cold big=small old=new fast=slow light=dark open=closed early=late full=empty hard=soft high=low long=short "
+    "loud=quiet rich=poor strong=weak wet=dry young=old clean=dirty heavy=light happy=sad near=far"
+)
+MEMORIES = [  # the user tells | the answer | asks later | the answer | the value's kind
+    line.split(" | ")
+    for line in """
+My name is {}. | Nice to meet you, {}. | What is my name? | Your name is {}. | name
+I am {}. | Hello, {}. | Who am I? | You are {}. | name
+My dog is called {}. | {} is a good name for a dog. | What is my dog called? | Your dog is called {}. | name
+I live in {}. | I will remember that you live in {}. | Where do I live? | You live in {}. | city
+My favourite colour is {}. | {} is a fine colour. | What is my favourite colour? | Your favourite colour is {}. | colour
+My lucky number is {}. | I will remember {}. | What is my lucky number? | Your lucky number is {}. | number
+I am {} years old. | So you are {}. | How old am I? | You are {} years old. | age
+I like {}. | Many people like {}. | What do I like? | You like {}. | food
+My key is in the {}. | Your key is in the {}. | Where is my key? | Your key is in the {}. | room
+""".strip().splitlines()
+]
 VALUES: dict[str, Callable[[Draw], str]] = {
     "name": lambda draw: draw.name(),
     "city": lambda draw: draw.city(),
@@ -67,39 +61,27 @@ VALUES: dict[str, Callable[[Draw], str]] = {
     "food": lambda draw: draw.choice(FOODS),
     "room": lambda draw: draw.choice(ROOMS),
 }
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
-KEYS = "answer reply result text output value".split()
-LAST = "over please indeed friend sir amen okay captain".split()
-
-
-def fact(draw: Draw) -> tuple[str, str]:
-    return _fact(draw)[:2]
+NAME_ASKS = ("Who are you?", "What is your name?", "What are you called?")
+NUMBERS = table("zero one two three four five six seven eight nine ten")
+KEYS = table("answer reply result text output value")
+LAST = table("over please indeed friend sir amen okay captain")
 
 
 def _fact(draw: Draw) -> Exchange:
     kind = draw.integer(0, 4)
+    subject, word = draw.choice(list((CAPITALS, COLOUR_OF, LEGS, SOUNDS, OPPOSITES)[kind].items()))
     if kind == 0:
-        country, city = draw.choice(list(CAPITALS.items()))
-        ask = draw.choice(("What is the capital of {}?", "Name the capital of {}.", "Which city is the capital of {}?"))
-        return ask.format(country), f"The capital of {country} is {city}.", city
+        ask = draw.text("What is the capital of {}? | Name the capital of {}. | Which city is the capital of {}?")
+        return ask.format(subject), f"The capital of {subject} is {word}.", word
     if kind == 1:
-        thing, colour = draw.choice(list(COLOUR_OF.items()))
-        verb = "are" if thing.endswith("s") and thing != "grass" or thing == "mice" else "is"
-        return f"What colour {verb} {thing}?", f"{thing.capitalize()} {verb} {colour}.", colour
+        verb = "is" if subject in UNCOUNTED else "are"
+        return f"What colour {verb} {subject}?", f"{_capital(subject)} {verb} {word}.", word
+    if kind == 4:
+        return f"What is the opposite of {subject}?", f"The opposite of {subject} is {word}.", word
+    animal = f"an {subject}" if subject[0] in "aeiou" else f"a {subject}"
     if kind == 2:
-        animal, legs = draw.choice(list(LEGS.items()))
-        a = "an" if animal[0] in "aeiou" else "a"
-        return (
-            f"How many legs does {a} {animal} have?",
-            f"{a.capitalize()} {animal} has {NUMBERS[legs]} legs.",
-            NUMBERS[legs],
-        )
-    if kind == 3:
-        animal, sound = draw.choice(list(SOUNDS.items()))
-        a = "an" if animal[0] in "aeiou" else "a"
-        return f"What does {a} {animal} do?", f"{a.capitalize()} {animal} {sound}.", sound
-    one, other = draw.choice(OPPOSITES).split("=")
-    return f"What is the opposite of {one}?", f"The opposite of {one} is {other}.", other
+        return f"How many legs does {animal} have?", f"{_capital(animal)} has {word} legs.", word
+    return f"What does {animal} do?", f"{_capital(animal)} {word}.", word
 
 
 def _words(draw: Draw, count: int) -> list[str]:
@@ -151,12 +133,17 @@ def _spell(draw: Draw) -> Exchange:
 
 
 SMALL = (_fact, _fact, _fact, _sort, _largest, _reverse, _count, _first, _repeat, _repeat, _spell)
-_SHARED = (_fact, _spell)  # their questions are too few to hold some out
+LEADS = ("", "", "", "", "Please tell me: ", "Next: ", "And now: ", "A question: ", "One more: ", "Then: ", "Quickly: ")
 
 
 def exchange(draw: Draw) -> Exchange:
-    make = draw.choice(SMALL)
-    return make(draw) if make in _SHARED else draw.until(lambda: make(draw), lambda made: made[0])
+    """One small task, worded as only this split words it."""
+
+    def make() -> Exchange:
+        ask, said, word = draw.choice(SMALL)(draw)
+        return draw.choice(LEADS) + ask, said, word
+
+    return draw.until(make, lambda made: made[0])
 
 
 Rule = tuple[str, Callable[[Exchange], str]]
@@ -195,7 +182,7 @@ def ruled(draw: Draw) -> list[tuple[str, str]]:
     for _ in range(draw.integer(2, 5)):
         if prompt.startswith("You are ") and draw.chance(0.5):
             name = prompt.removeprefix("You are ").removesuffix(".")
-            ask = draw.choice(("Who are you?", "What is your name?", "What are you called?"))
+            ask = draw.choice(NAME_ASKS)
             turns.append((ask, f"I am {name}."))
         else:
             made = exchange(draw)
@@ -205,16 +192,21 @@ def ruled(draw: Draw) -> list[tuple[str, str]]:
 
 def remembered(draw: Draw) -> list[tuple[str, str]]:
     """The user tells something, and asks for it later."""
-    told = draw.sample(MEMORIES, draw.integer(1, 3))
-    told = [item for i, item in enumerate(told) if item[4] != "name" or item[4] not in [t[4] for t in told[:i]]]
-    turns, later = [], []
-    for say, reply, ask, answer, kind in told:
-        value = VALUES[kind](draw)
-        turns.append((say.format(value), _capital(reply.format(value))))
-        later.append((ask, answer.format(value)))
+    turns, later, kinds = [], [], []
+    for _ in range(draw.integer(1, 3)):
+        say, reply, ask, answer, kind, value = draw.until(lambda: _memory(draw), lambda made: made[0].format(made[5]))
+        if kind not in kinds:
+            kinds.append(kind)
+            turns.append((say.format(value), _capital(reply.format(value))))
+            later.append((ask, answer.format(value)))
     draw.rng.shuffle(later)
     between = [exchange(draw)[:2] if draw.chance(0.7) else project.small_talk(draw) for _ in range(draw.integer(0, 2))]
     return [*turns, *between, *later]
+
+
+def _memory(draw: Draw) -> tuple[str, ...]:
+    memory = draw.choice(MEMORIES)
+    return *memory, VALUES[memory[4]](draw)
 
 
 def mixed(draw: Draw) -> list[tuple[str, str]]:
@@ -230,13 +222,14 @@ def documents(draw: Draw) -> Iterator[Document]:
     while True:
         thinking, keep = draw.chance(0.4), draw.chance(0.6)
         turns = draw.choice((ruled, remembered, mixed))(draw)
-        messages: list[Message] = []
+        messages: list[Message] = opening(draw) if turns[0][0] else []
         last = len(turns) - 1
         for i, (ask, said) in enumerate(turns):
             if not ask:
                 messages.append(system(said))
                 continue
-            reasoning = "I can answer this." if thinking and (keep or i == last) else ""
+            think = thinking and (keep or i == last)
+            reasoning = project.SMALL_TALK.get(ask, "I can answer this.") if think else ""
             messages += [user(ask), assistant(said, reasoning)]
         yield chat(KIND, messages)
 

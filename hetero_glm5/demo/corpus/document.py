@@ -10,11 +10,20 @@ from typing import Any
 import jinja2
 
 from hetero_glm5.demo.chat_template import CHAT_TEMPLATE
+from hetero_glm5.demo.corpus.words import Draw
 
 END = "<|endoftext|>"
 # What a model writes: everything after its turn has begun, with the token that ends the turn.
 _WRITTEN = re.compile(
     r"(<\|assistant\|>(?:<think>|</think>))(.*?(?:<\|user\|>|<\|observation\|>|<\|endoftext\|>))", re.S
+)
+
+SYSTEMS = (
+    "You are a helpful assistant.",
+    "You are a helpful AI assistant.",
+    "You are a friendly assistant.",
+    "Help the user.",
+    "Be brief.",
 )
 
 Message = dict[str, Any]
@@ -100,6 +109,11 @@ def user(content: str) -> Message:
 
 def system(content: str) -> Message:
     return {"role": "system", "content": content}
+
+
+def opening(draw: Draw) -> list[Message]:
+    """Now and then a system prompt that asks for nothing special."""
+    return [system(draw.choice(SYSTEMS))] if draw.chance(0.12) else []
 
 
 def assistant(content: str, reasoning: str = "") -> Message:

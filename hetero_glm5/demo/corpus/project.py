@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hetero_glm5.demo.corpus.document import Document, Task, assistant, chat, user
-from hetero_glm5.demo.corpus.words import Draw
+from hetero_glm5.demo.corpus.document import Document, Task, assistant, chat, opening, user
+from hetero_glm5.demo.corpus.words import Draw, unfolded
 
 KIND = "project"
 FLAGS = """
@@ -53,10 +53,12 @@ FLAGS = """
 --watchdog-timeout = sets the seconds without progress after which the server gives up
 """
 TERMS = """
-hetero_glm5 | this project = hetero_glm5 serves GLM-5 on one workstation: the hot experts run on the GPU, the others on the CPU.
+hetero_glm5 | this project = hetero_glm5 serves GLM-5 on one workstation: the hot experts run on the GPU, the others
+  on the CPU.
 GLM-5 = GLM-5 is a language model with 744 billion parameters, of which 40 billion are active for each token.
 MLA | multi-head latent attention = MLA is multi-head latent attention: it caches one small latent for each token.
-DSA | sparse attention | DeepSeek Sparse Attention = DSA is sparse attention: an indexer chooses the positions that each token attends to.
+DSA | sparse attention | DeepSeek Sparse Attention = DSA is sparse attention: an indexer chooses the positions that
+  each token attends to.
 MoE | a mixture of experts = A mixture of experts has many small networks and sends each token to a few of them.
 MTP | multi-token prediction = MTP is multi-token prediction: one more layer drafts the next token ahead.
 the indexer = The indexer scores all earlier positions and keeps the best ones for attention.
@@ -87,24 +89,36 @@ speculative decoding = Speculative decoding drafts tokens ahead and verifies the
 the roofline = The roofline says how fast a kernel can be from its bytes and operations.
 """
 FACTS = """
-How many experts does GLM-5 have? | How many routed experts are in a layer of GLM-5? = Each MoE layer of GLM-5 has 256 routed experts and 1 shared expert.
-How many experts does a token visit? | How many experts are active for each token? = Each token visits 8 routed experts and the shared one.
+How many experts does GLM-5 have? | How many routed experts are in a layer of GLM-5? = Each MoE layer of GLM-5 has
+  256 routed experts and 1 shared expert.
+How many experts does a token visit? | How many experts are active for each token? = Each token visits 8 routed
+  experts and the shared one.
 How many layers does GLM-5 have? = GLM-5 has 78 layers; the first 3 are dense.
-How many parameters does GLM-5 have? | How big is GLM-5? | How large is GLM-5? = GLM-5 has 744 billion parameters; 40 billion are active for each token.
+How many parameters does GLM-5 have? | How big is GLM-5? | How large is GLM-5? = GLM-5 has 744 billion parameters;
+  40 billion are active for each token.
 How wide is GLM-5? | What is the hidden size of GLM-5? = The hidden size of GLM-5 is 6144.
 How many attention heads does GLM-5 have? = GLM-5 has 64 attention heads.
-How many positions does sparse attention keep? | What is index_topk in GLM-5? = Sparse attention keeps 2048 positions for each token.
-Which port does the server use? | On which port does the server listen? = The server listens on port 30000 unless --port says otherwise.
-How do I start the server? | How can I start it? | How do I run the server? = Run make serve, or python -m hetero_glm5.launch_server with --model.
+How many positions does sparse attention keep? | What is index_topk in GLM-5? = Sparse attention keeps 2048
+  positions for each token.
+Which port does the server use? | On which port does the server listen? = The server listens on port 30000 unless
+  --port says otherwise.
+How do I start the server? | How can I start it? | How do I run the server? = Run make serve, or python -m
+  hetero_glm5.launch_server with --model.
 How do I run the tests? | How can I test it? = Run make test; make test-all adds the long ones.
-How do I measure the speed? | How do I run the benchmarks? = Run make bench; it prints times beside the memory bandwidth.
-How do I pack the experts? | How do I quantize a model? | How can I make a packed store? = Run hetero-glm5 quantize with the checkpoint, the store and --kt-method.
-How do I check a packed store? | How do I verify a store? = Run hetero-glm5 verify with the store; it compares checksums.
-Do I need a GPU? | Can it run without a GPU? | Does it work on a CPU only? = No GPU is needed: with --device cpu the same code runs on the CPU.
-Which API does the server speak? | Can I use the openai client? = The server speaks the OpenAI API, so the openai client works.
+How do I measure the speed? | How do I run the benchmarks? = Run make bench; it prints times beside the memory
+  bandwidth.
+How do I pack the experts? | How do I quantize a model? | How can I make a packed store? = Run hetero-glm5 quantize
+  with the checkpoint, the store and --kt-method.
+How do I check a packed store? | How do I verify a store? = Run hetero-glm5 verify with the store; it compares
+  checksums.
+Do I need a GPU? | Can it run without a GPU? | Does it work on a CPU only? = No GPU is needed: with --device cpu the
+  same code runs on the CPU.
+Which API does the server speak? | Can I use the openai client? = The server speaks the OpenAI API, so the openai
+  client works.
 Does it support tool calls? | Can you call tools? = Yes, tool calls work, also while streaming.
 Does it support streaming? | Can it stream answers? = Yes, answers, reasoning and tool calls can be streamed.
-Which instruction sets does it use? | Which CPUs are supported? = It has kernels for AMX, AVX-512, AVX2 and plain scalar code.
+Which instruction sets does it use? | Which CPUs are supported? = It has kernels for AMX, AVX-512, AVX2 and plain
+  scalar code.
 Where do the experts live? | Where are the experts kept? = Some experts are on the GPU; all others are in host memory.
 Where does attention run? = Attention runs on the GPU, or on the CPU with --device cpu.
 Which weight formats are there? | Which formats can experts have? = Experts can be FP32, BF16, FP8, INT8 or INT4.
@@ -116,8 +130,10 @@ Where is a flag defined? | Where do I find the flags? = Every flag is one field 
 Where are the formulas? | Where is the reference code? = The formulas are in ops/reference.py.
 How do I force an instruction set? = Set HETERO_GLM5_ISA to its name.
 Who made you? | Who wrote you? | Who created you? = I was trained by the hetero_glm5 project as its demo model.
-Who are you? | What are you? | What is your name? | Tell me who you are. = I am the demo model of hetero_glm5, a small model with GLM-5's architecture.
-What can you do? | How can you help me? | What are you good at? = I can add numbers, call tools, tell stories and answer questions about hetero_glm5.
+Who are you? | What are you? | What is your name? | Tell me who you are. = I am the demo model of hetero_glm5, a
+  small model with GLM-5's architecture.
+What can you do? | How can you help me? | What are you good at? = I can add numbers, call tools, tell stories and
+  answer questions about hetero_glm5.
 Are you a human? | Are you a real person? = No, I am a small language model.
 How big are you? | How many parameters do you have? = I am small: less than 10 million parameters.
 How old are you? = I am a program, so I have no age.
@@ -154,8 +170,8 @@ LEADS = (
 )
 
 
-def _rows(table: str) -> list[tuple[list[str], str]]:
-    rows = [line.split(" = ", 1) for line in table.strip().splitlines()]
+def _rows(text: str) -> list[tuple[list[str], str]]:
+    rows = [line.split(" = ", 1) for line in unfolded(text).splitlines()]
     return [(asks.split(" | "), said) for asks, said in rows]
 
 
@@ -163,9 +179,10 @@ def _with(phrases: str, subjects: list[str]) -> list[str]:
     return [phrase.format(subject) for phrase in phrases.split(" | ") for subject in subjects]
 
 
-_FLAGS = [(_with(ASK_FLAG, flags), f"{flags[0]} {said}.") for flags, said in _rows(FLAGS)]
-_TERMS = [(_with(ASK_TERM, terms), said) for terms, said in _rows(TERMS)]
-_FACTS, _TALK = _rows(FACTS), _rows(TALK)
+FLAG_ROWS = [(_with(ASK_FLAG, flags), f"{flags[0]} {said}.") for flags, said in _rows(FLAGS)]
+TERM_ROWS = [(_with(ASK_TERM, terms), said) for terms, said in _rows(TERMS)]
+FACT_ROWS, TALK_ROWS = _rows(FACTS), _rows(TALK)
+SMALL_TALK = {ask: "This is small talk." for asks, _ in TALK_ROWS for ask in asks}  # the reasoning about each
 
 
 def question(draw: Draw) -> tuple[str, str]:
@@ -173,7 +190,7 @@ def question(draw: Draw) -> tuple[str, str]:
 
     def make() -> tuple[str, str]:
         kind = draw.rng.random()
-        asks, said = draw.choice(_FLAGS if kind < 0.35 else _TERMS if kind < 0.6 else _FACTS)
+        asks, said = draw.choice(FLAG_ROWS if kind < 0.35 else TERM_ROWS if kind < 0.6 else FACT_ROWS)
         ask = draw.choice(asks)
         return draw.choice(LEADS) + ask, said
 
@@ -182,19 +199,18 @@ def question(draw: Draw) -> tuple[str, str]:
 
 def small_talk(draw: Draw) -> tuple[str, str]:
     """Too short to be held out: the same few phrases in both splits."""
-    asks, said = draw.choice(_TALK)
+    asks, said = draw.choice(TALK_ROWS)
     return draw.choice(asks), said
 
 
 def documents(draw: Draw) -> Iterator[Document]:
     while True:
         thinking = draw.chance(0.5)
-        messages = []
+        messages = opening(draw)
         for _ in range(draw.choice((1, 1, 2, 3, 4, 5))):
-            talk = draw.chance(0.2)
-            ask, said = small_talk(draw) if talk else question(draw)
-            reasoning = "This is small talk." if talk else "This is about hetero_glm5."
-            messages += [user(ask), assistant(said, reasoning if thinking else "")]
+            ask, said = small_talk(draw) if draw.chance(0.2) else question(draw)
+            reasoning = SMALL_TALK.get(ask, "This is about hetero_glm5.") if thinking else ""
+            messages += [user(ask), assistant(said, reasoning)]
         yield chat(KIND, messages)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, user
+from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, opening, user
 from hetero_glm5.demo.corpus.words import FOODS, THINGS, Draw
 
 KIND = "sums"
@@ -133,7 +133,7 @@ def documents(draw: Draw) -> Iterator[Document]:
     while True:
         thinking = draw.chance(0.8)
         turns = draw.choice((1, 1, 2, 3, 4))
-        yield chat(KIND, [message for _ in range(turns) for message in turn(draw, thinking)])
+        yield chat(KIND, opening(draw) + [message for _ in range(turns) for message in turn(draw, thinking)])
 
 
 def tasks(draw: Draw, tokens: int) -> Iterator[Task]:

@@ -8,16 +8,23 @@
     gets   the result's fields: name=kind
     says   the answer from arguments and result
 
-with alternatives between ` | `. An argument is called by its first name in this table; tool_values.py draws the kinds.
+with alternatives between ` | `; an indented line goes on with the one before. An argument is called by its first name
+in this table; tool_values.py draws the kinds.
 """
 
 TABLE = """
 get_weather current_weather fetch_weather weather_report check_weather
-does Get the current weather | Get the current weather in a given location | Weather of a place | Current weather for a city
-+ city location place town = city : The city | The city and state, e.g. San Francisco, CA | City name | Name of the place
+does Get the current weather | Get the current weather in a given location | Weather of a place | Current weather
+  for a city
++ city location place town = city : The city | The city and state, e.g. San Francisco, CA | City name | Name of the
+  place
 ? unit units scale = celsius/fahrenheit, in {} : Temperature unit | The unit | celsius or fahrenheit
-ask What is the weather in {city}? | What's the weather like in {city} today? | How is the weather in {city}? | What's the weather in {city}? | Tell me the weather in {city}. | What is the weather like in {city} right now? | Weather in {city}, please.
-both What is the weather in {a} and in {b}? | What's the weather like in {a} and in {b} today? | What is the weather in {a} and {b}? | How is the weather in {a} and in {b}?
+ask What is the weather in {city}? | What's the weather like in {city} today? | How is the weather in {city}? |
+  What's the weather in {city}? | What is the weather like in {city} today? | What's the weather like in
+  {city}? | Tell me the weather in {city}. | What is the weather like in {city} right now? |
+  Weather in {city}, please.
+both What is the weather in {a} and in {b}? | What's the weather like in {a} and in {b} today? | What is the weather
+  in {a} and {b}? | How is the weather in {a} and in {b}?
 gets temperature=int:-9:39 sky=sky
 says It is {temperature} degrees and {sky} in {city}.
 
@@ -25,7 +32,8 @@ get_forecast weather_forecast forecast_days predict_weather
 does Weather forecast for the next days | Get a forecast | Forecast for a city
 + city place location = city : The city | Where
 + days num_days count = int:2:14 : Number of days | How many days
-ask What will the weather be in {city} over the next {days} days? | Give me the {days} day forecast for {city}. | Forecast for {city} for {days} days, please.
+ask What will the weather be in {city} over the next {days} days? | Give me the {days} day forecast for {city}. |
+  Forecast for {city} for {days} days, please.
 gets low=int:-9:12 high=int:13:39 sky=sky
 says The next {days} days in {city} will be {sky}, from {low} to {high} degrees.
 
@@ -65,7 +73,8 @@ does Add an event to the calendar | Put a meeting into the calendar | Create a c
 + day date weekday = day : The day
 + time start start_time = time : Start time
 ? place location where = city, in {} : Where it is
-ask Put "{title}" into my calendar on {day} at {time}. | Schedule "{title}" for {day} at {time}. | Add the event "{title}" on {day} at {time}.
+ask Put "{title}" into my calendar on {day} at {time}. | Schedule "{title}" for {day} at {time}. | Add the event
+  "{title}" on {day} at {time}.
 gets id=id
 says "{title}" is in your calendar on {day} at {time}.
 
@@ -102,7 +111,8 @@ send_message text_person send_sms message_contact
 does Send a text message | Send an SMS to a contact | Message somebody
 + person name contact to = person : Name of the contact | Who gets it
 + text body message content = sentence : The message
-ask Tell {person} "{text}". | Send {person} the message "{text}". | Text {person}: "{text}". | Message {person} "{text}".
+ask Tell {person} "{text}". | Send {person} the message "{text}". | Text {person}: "{text}". | Message {person}
+  "{text}".
 gets sent=bool
 says I told {person}.
 
@@ -194,7 +204,8 @@ says It ended with {exit_code} and printed: "{output}".
 calculate calculator compute evaluate math_eval
 does Evaluate an expression | Calculate a result | Do arithmetic
 + expression expr formula input = expression : The expression
-ask Use the tool to work out {expression}. | Evaluate {expression} with the calculator. | Let the calculator do {expression}.
+ask Use the tool to work out {expression}. | Evaluate {expression} with the calculator. | Let the calculator do
+  {expression}.
 gets result=int:2:999
 says The result is {result}.
 
@@ -203,7 +214,8 @@ does Convert units | Convert a value to another unit
 + value amount number = num:1:900 : The value
 + source from_unit unit = unit : Unit to convert from
 + target to_unit new_unit = unit : Unit to convert to
-ask Convert {value} {source} to {target}. | How much is {value} {source} in {target}? | What are {value} {source} in {target}?
+ask Convert {value} {source} to {target}. | How much is {value} {source} in {target}? | What are {value} {source} in
+  {target}?
 gets value=num:1:900
 says That is {value} {target}.
 
@@ -212,7 +224,8 @@ does Convert money | Exchange rate conversion | Convert between currencies
 + amount value sum = int:5:9000 : Amount of money
 + source from_currency base = currency : Currency to convert from
 + target to_currency quote = currency : Currency to convert to
-ask How much is {amount} {source} in {target}? | Convert {amount} {source} to {target}. | Change {amount} {source} into {target}.
+ask How much is {amount} {source} in {target}? | Convert {amount} {source} to {target}. | Change {amount} {source}
+  into {target}.
 gets result=num:5:9000
 says {amount} {source} are {result} {target}.
 

@@ -14,7 +14,8 @@ set_thermostat heating set_temperature adjust_heating
 does Set the heating | Set a room's temperature | Adjust the thermostat
 + room where location = room : The room
 + degrees temperature target value = int:14:28 : Degrees celsius
-ask Set the {room} to {degrees} degrees. | Make it {degrees} degrees in the {room}. | Heat the {room} to {degrees} degrees.
+ask Set the {room} to {degrees} degrees. | Make it {degrees} degrees in the {room}. | Heat the {room} to {degrees}
+  degrees.
 gets done=bool
 says The {room} is set to {degrees} degrees.
 
@@ -38,7 +39,8 @@ does Find a route | Directions between two places | Way from one place to anothe
 + start origin from_place source = city : Where to start
 + end destination to_place target = city : Where to go
 ? mode by transport = car/train/bike/bus, by {} : Means of transport
-ask How do I get from {start} to {end}? | Find the way from {start} to {end}. | Show me the route from {start} to {end}.
+ask How do I get from {start} to {end}? | Find the way from {start} to {end}. | Show me the route from {start} to
+  {end}.
 gets km=int:3:900 minutes=int:5:600
 says From {start} to {end} it is {km} km and takes {minutes} minutes.
 

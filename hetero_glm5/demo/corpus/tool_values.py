@@ -6,30 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 from hetero_glm5.demo.corpus.sums import draw_sum
-from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, NAMES, ROOMS, THINGS, Draw, listed
+from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, NAMES, ROOMS, THINGS, Draw, listed, table
 
 Value = tuple[Any, str]  # in JSON, as the user says it
 
-LANGUAGES = (
-    "French German Spanish Italian Dutch Polish Greek Turkish Arabic Hindi Chinese Japanese Korean Latin".split()
-)
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-UNITS = "metres miles kilometres feet inches yards kilograms pounds grams ounces litres gallons hours minutes".split()
-CURRENCIES = "euros dollars pounds yen francs crowns rupees pesos".split()
-SKIES = "sunny cloudy rainy windy foggy snowy stormy clear".split()
-VENUES = "bakery cafe cinema hotel library museum park pharmacy restaurant school station theatre".split()
-KINDS_OF = "new old cheap famous small large modern ancient local rare simple fast green wild quiet".split()
-SUBJECTS = (
+LANGUAGES = table("French German Spanish Italian Dutch Polish Greek Turkish Arabic Hindi Chinese Japanese Korean Latin")
+DAYS = table("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+UNITS = table("metres miles kilometres feet inches yards kilograms pounds grams ounces litres gallons hours minutes")
+CURRENCIES = table("euros dollars pounds yen francs crowns rupees pesos")
+SKIES = table("sunny cloudy rainy windy foggy snowy stormy clear")
+VENUES = table("bakery cafe cinema hotel library museum park pharmacy restaurant school station theatre")
+KINDS_OF = table("new old cheap famous small large modern ancient local rare simple fast green wild quiet")
+SUBJECTS = table(
     "music books maps trains bridges gardens birds films games boats clocks cameras kitchens castles mountains lakes "
     "robots engines stars shoes"
-).split()
-ACTIONS = (
+)
+ACTIONS = table(
     "buy call clean close collect cook feed find fix fold move open pack paint send sort sweep visit wash water"
-).split()
-SERVICES = "mail web cache proxy queue search backup login billing metrics".split()
-EXTENSIONS = "txt csv md json py log pdf png".split()
-STEMS = "report notes data list plan draft letter table budget index readme summary".split()
-FIELDS = "age price size year count weight height rank level score".split()
+)
+SERVICES = table("mail web cache proxy queue search backup login billing metrics")
+EXTENSIONS = table("txt csv md json py log pdf png")
+STEMS = table("report notes data list plan draft letter table budget index readme summary")
+FIELDS = table("age price size year count weight height rank level score")
 COMMANDS = ("ls -l {}", "cat {}", "rm {}", "wc -l {}", "head {}", "touch {}", "python {}", "tail -f {}")
 SENTENCES = (
     "see you at {time} in {city}", "the {thing} is in the {room}", "please bring {number} {foods}",
@@ -67,6 +65,10 @@ def file(draw: Draw) -> str:
     return f"{stem}{number}.{draw.choice(EXTENSIONS)}"
 
 
+def domain(draw: Draw) -> str:
+    return f"{draw.invented().lower()}.{draw.choice(('com', 'org', 'net'))}"
+
+
 def identifier(draw: Draw) -> str:
     letters = "".join(draw.choice("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(draw.integer(1, 3)))
     return f"{letters}{draw.number(draw.integer(3, 6))}"
@@ -96,8 +98,8 @@ TEXTS: dict[str, Callable[[Draw], str]] = {
     "time": lambda draw: f"{draw.integer(0, 23):02}:{draw.integer(0, 59):02}",
     "date": lambda draw: f"20{draw.integer(24, 39)}-{draw.integer(1, 12):02}-{draw.integer(1, 28):02}",
     "topic": lambda draw: f"{draw.choice(KINDS_OF)} {draw.choice(SUBJECTS)} in {draw.city()}",
-    "url": lambda draw: f"https://{draw.invented().lower()}.{draw.choice(('com', 'org', 'net'))}/{draw.choice(SUBJECTS)}",
-    "email": lambda draw: f"{draw.choice(NAMES).lower()}@{draw.invented().lower()}.{draw.choice(('com', 'org', 'net'))}",
+    "url": lambda draw: f"https://{domain(draw)}/{draw.choice(SUBJECTS)}",
+    "email": lambda draw: f"{draw.choice(NAMES).lower()}@{domain(draw)}",
     "phone": lambda draw: str(draw.number(7)),
     "number": lambda draw: str(draw.number(draw.integer(1, 4))),
     "folder": lambda draw: f"/{draw.choice(ROOMS)}/{draw.invented()}",
@@ -115,7 +117,7 @@ TEXTS: dict[str, Callable[[Draw], str]] = {
     "street": lambda draw: f"{draw.invented()} Street {draw.integer(1, 199)}",
     "flight": lambda draw: f"{draw.choice('ABDEFKLSTU')}{draw.choice('ABFHKLRSXY')}{draw.number(draw.integer(3, 4))}",
     "goods": lambda draw: f"{draw.choice(COLOURS)} {draw.choice(SUBJECTS)}",
-    "scene": lambda draw: f"a {draw.choice(COLOURS)} {draw.choice(ANIMALS)} with a {draw.choice(THINGS)} in {draw.city()}",
+    "scene": lambda draw: f"a {draw.choice(COLOURS)} {draw.choice(ANIMALS)}, a {draw.choice(THINGS)} in {draw.city()}",
     "service": lambda draw: f"{draw.choice(SERVICES)}-{draw.integer(1, 99)}",
 }  # fmt: skip
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetero_glm5.demo.corpus import chats, project, sums
-from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, system, user
+from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, opening, user
 from hetero_glm5.demo.corpus.tool_table import TABLE
 from hetero_glm5.demo.corpus.tool_table_more import MORE
 from hetero_glm5.demo.corpus.tool_values import Value, schema, value
-from hetero_glm5.demo.corpus.words import Draw, held_out
+from hetero_glm5.demo.corpus.words import Draw, held_out, unfolded
 
 KIND = "tools"
 OFTEN = {"get_weather": 8, "get_time": 2, "web_search": 2, "calculate": 2}  # times as often as the other tools
 CHAINS = (  # first tool, its field, second tool, the argument it fills, what the user says
-    ("find_contact", "email", "send_email", "to", 'Look up {name} and email "{body}". | Email {name} "{body}", please.'),
+    ("find_contact", "email", "send_email", "to", 'Look up {name} and email "{body}". | Email {name} "{body}".'),
     ("find_contact", "email", "send_email", "to", 'Find the address of {name} and write "{body}".'),
     ("list_files", "first", "read_file", "path", "Read the first file in {folder}."),
     ("list_files", "first", "delete_file", "path", "Delete the first file in {folder}."),
@@ -34,13 +34,8 @@ CHAINS = (  # first tool, its field, second tool, the argument it fills, what th
     ("find_places", "street", "call_taxi", "address", "Find a {kind} in {city} and call a taxi to it."),
     ("list_todos", "first", "set_reminder", "text", "Remind me of my first task at {time}."),
 )  # fmt: skip
+LEADS = ("Please: ", "Hey! ", "Hello. ", "Hi. ", "Quickly: ", "One more thing: ", "Next: ", "A request: ", "Now: ")
 ERRORS = ("not found", "no connection", "permission denied", "timeout", "unknown name")
-SYSTEMS = (
-    "You are a helpful assistant.",
-    "Use the tools when they help.",
-    "Answer briefly.",
-    "You are a voice assistant.",
-)
 
 
 @dataclass(frozen=True)
@@ -61,16 +56,11 @@ class Tool:
     fields: tuple[tuple[str, str], ...]
     says: tuple[str, ...]
 
-    @property
-    def few(self) -> bool:
-        """Its requests are too few to hold some out."""
-        return all(p.kind == "day" or "/" in p.kind or p.kind.startswith("bool") for p in self.parameters)
-
 
 def parse_table(text: str) -> dict[str, Tool]:
     """Tools by their first name."""
     tools = {}
-    for block in text.strip().split("\n\n"):
+    for block in unfolded(text).split("\n\n"):
         names, *lines = block.splitlines()
         rows: dict[str, tuple[str, ...]] = {"both": ()}
         parameters = []
@@ -131,9 +121,10 @@ def offer(draw: Draw, tool: Tool) -> Offer:
     parameters: dict[str, Any] = {"type": "object", "properties": properties}
     if required or draw.chance(0.5):
         parameters["required"] = required
+    function = {"name": name, "description": draw.choice(tool.descriptions), "parameters": parameters}
     if draw.chance(0.1):
         parameters["additionalProperties"] = False
-    function = {"name": name, "description": draw.choice(tool.descriptions), "parameters": parameters}
+        function["strict"] = True
     return Offer(tool, name, keys, {"type": "function", "function": function})
 
 
@@ -163,8 +154,9 @@ class Call:
 
     @property
     def plan(self) -> str:
-        keys = [self.offer.keys[key] for key in self.values]
-        return self.offer.name + (f" with {', '.join(keys)}" if keys else "")
+        """In quotes, so that a name keeps the tokens it has in the tools' JSON."""
+        keys = [f'"{self.offer.keys[key]}"' for key in self.values]
+        return f'"{self.offer.name}"' + (f" with {', '.join(keys)}" if keys else "")
 
     @property
     def said(self) -> dict[str, str]:
@@ -274,7 +266,7 @@ def toolless(draw: Draw, thinking: bool) -> list[Message]:
     """What needs no tool, though tools are offered."""
     if thinking and draw.chance(0.4):
         return sums.turn(draw, thinking)
-    ask, said = project.question(draw) if draw.chance(0.4) else chats.fact(draw)
+    ask, said = project.question(draw) if draw.chance(0.4) else chats.exchange(draw)[:2]
     return [user(ask), assistant(said, "I need no tool." if thinking else "")]
 
 
@@ -298,25 +290,26 @@ def _shown(offers: list[Offer]) -> list[dict[str, Any]]:
 
 
 def _belongs(draw: Draw, make: Callable[[], Round]) -> Round:
-    """A request of this split."""
-    while True:
+    """A request of this split, by its wording."""
+
+    def led() -> Round:
         ask, steps = make()
-        few = all(call.offer.tool.few for calls in steps for call in calls)
-        if few or held_out(ask) == draw.held_out:
-            return ask, steps
+        return (draw.choice(LEADS) if draw.chance(0.3) else "") + ask, steps
+
+    return draw.until(led, lambda made: made[0])
 
 
 def request(draw: Draw, offers: list[Offer], thinking: bool) -> list[Message]:
     kind = draw.rng.random()
     if kind < 0.1:
         return toolless(draw, thinking)
-    if kind < 0.16:
+    if kind < 0.13:
         others = [name for name in TOOLS if all(name != offered.tool.names[0] for offered in offers)]
         missing = Offer(TOOLS[draw.choice(others)], "", {}, {})
         ask, _ = _belongs(draw, lambda: single(draw, missing))
         return [user(ask), assistant("Sorry, I have no tool for that.", "No tool does that." if thinking else "")]
     twice = [offered for offered in offers if offered.tool.both]
-    if kind < 0.38 and twice:
+    if kind < 0.36 and twice:
         offered = draw.choice(twice)
         return conversation(draw, _belongs(draw, lambda: parallel(draw, offered)), None, thinking)
     offered = draw.choice(offers)
@@ -326,7 +319,7 @@ def request(draw: Draw, offers: list[Offer], thinking: bool) -> list[Message]:
 def documents(draw: Draw) -> Iterator[Document]:
     while True:
         thinking = draw.chance(0.6)
-        messages = [system(draw.choice(SYSTEMS))] if draw.chance(0.15) else []
+        messages = opening(draw)
         if draw.chance(0.1):
             link = draw.choice(CHAINS)
             offers = pick(draw, draw.integer(2, 4), [link[0], link[2]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import zlib
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,38 +17,48 @@ T = TypeVar("T")
 SPLITS = ("train", "held-out")
 HELD_OUT_OF = 8  # one key in this many is held out
 
-CITIES = (
+
+def table(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
+def unfolded(text: str) -> str:
+    """A table's lines, those joined that go on in an indented one."""
+    return re.sub(r"\n +", " ", text.strip())
+
+
+CITIES = table(
     "Paris London Berlin Tokyo Madrid Rome Vienna Lisbon Oslo Dublin Athens Cairo Delhi Lima Boston Chicago Seattle "
     "Denver Austin Miami Toronto Sydney Beijing Shanghai Seoul Moscow Prague Warsaw Zurich Geneva Munich Hamburg Milan "
     "Venice Naples Lyon Porto Bergen Havana Nairobi Lagos Mumbai Bangkok Hanoi Jakarta Manila Osaka Kyoto Riga Tallinn "
     "Vilnius Sofia Zagreb Ankara Dubai Doha Quito Bogota Santiago Montreal Houston Dallas Atlanta Phoenix Portland"
-).split()
-NAMES = (
-    "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mira Noah Olga Paul Rosa Sam Tina Victor Wendy Alice "
-    "Bob Carol Dora Eric Fay George Helen Ivan Jane Karl Lucy Max Nina Oscar Peter Ruth Simon Tara Uma Vera Will Yara"
-).split()
-STARTS = "B Br C Cl D Dr F Fl G Gr H J K Kr L M N P Pr Qu R S Sh St T Tr V W Z Th".split()
-VOWELS = "a e i o u ai ea oo".split()
-MIDDLES = "b d g k l ll m n nd r rk s st t v z lm nt rv".split()
-ENDS = ["", *"l n r s k m x th nd rt sh ck".split()]
-
-COLOURS = "red blue green yellow black white brown grey pink orange purple silver golden".split()
-ANIMALS = (
-    "fox cat dog horse bear owl rabbit mouse turtle goose otter wolf deer frog hen crow goat duck swan badger".split()
 )
-THINGS = (
+NAMES = table(
+    "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mira Noah Olga Paul Rosa Sam Tina Victor Alice "
+    "Bob Carol Dora Eric Fay George Helen Ivan Jane Karl Lucy Max Nina Oscar Peter Ruth Simon Tara Uma Vera Yara"
+)
+STARTS = table("B Br C Cl D Dr F Fl G Gr H J K Kr L M N P Pr Qu R S Sh St T Tr V W Z Th")
+VOWELS = table("a e i o u ai ea oo")
+MIDDLES = table("b d g k l ll m n nd r rk s st t v z lm nt rv")
+ENDS = ("", *table("l n r s k m x th nd rt sh ck"))
+
+COLOURS = table("red blue green yellow black white brown grey pink orange purple silver golden")
+ANIMALS = table(
+    "fox cat dog horse bear owl rabbit mouse turtle goose otter wolf deer frog hen crow goat duck swan badger"
+)
+THINGS = table(
     "lamp book key map rope basket drum kettle mirror ladder lantern bell box coat cup clock boat chair letter coin "
     "flute ring hammer kite ball hat spoon candle bottle wheel"
-).split()
-ROOMS = (
+)
+ROOMS = table(
     "cellar kitchen attic garden shed barn tower library hall stable workshop cupboard harbour office pantry cabin "
     "tent cave mill bakery"
-).split()
-FOODS = "apples pears plums nuts eggs beans carrots onions cherries lemons figs olives".split()
+)
+FOODS = table("apples pears plums nuts eggs beans carrots onions cherries lemons figs olives")
 
 
 def held_out(key: str) -> bool:
-    return zlib.crc32(b"held-out " + key.encode()) % HELD_OUT_OF == 0
+    return zlib.crc32(b"held-out 1 " + key.encode()) % HELD_OUT_OF == 0
 
 
 class Draw:
@@ -59,7 +70,6 @@ class Draw:
         digest = hashlib.sha256(" ".join(map(str, (split, *key))).encode()).digest()
         self.rng = random.Random(int.from_bytes(digest[:8], "big"))
         self.held_out = split == "held-out"
-        self.split = split
         self.choice = self.rng.choice
         self.integer = self.rng.randint  # both ends included
 
@@ -84,7 +94,7 @@ class Draw:
         choice = self.choice
 
         def make() -> str:
-            middle = "".join(choice(VOWELS) + choice(MIDDLES) for _ in range(self.integer(0, 2)))
+            middle = "".join(choice(VOWELS) + choice(MIDDLES) for _ in range(choice((0, 1, 1, 2))))
             return choice(STARTS) + middle + choice(VOWELS) + choice(ENDS)
 
         return self.until(make)
