@@ -1,4 +1,4 @@
-"""config.json contents for random checkpoints: GLM-5's fields with small dimensions."""
+"""config.json contents for random checkpoints and the demo model: GLM-5's fields with small dimensions."""
 
 from __future__ import annotations
 
@@ -79,4 +79,33 @@ def serve_config() -> dict[str, Any]:
         "index_topk": 256,
         "max_position_embeddings": 16384,
         "vocab_size": 1024,
+    }
+
+
+def demo_config() -> dict[str, Any]:
+    """The trained model that the package holds. Smaller angles (rope_theta) tell neighbours apart in 8 rotary pairs;
+    rms_norm_eps is what transformers uses for the latents whatever the file says, so that both agree."""
+    return COMMON | {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 5,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "qk_head_dim": 48,
+        "v_head_dim": 48,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 4,
+        "index_n_heads": 8,
+        "index_head_dim": 32,
+        "index_topk": 512,
+        "max_position_embeddings": 16384,
+        "rope_parameters": {"rope_theta": 10000, "rope_type": "default"},
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 3072,
     }
