@@ -35,7 +35,9 @@ def export(
             raise UserError(f"{name} is {tuple(tensors[name].shape)}; {spec.shape} is expected.")
         tensors[name] = tensors[name].to(torch.float32 if spec.dtypes == ("F32",) else dtype).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensors[name] for name in wanted}, folder / "model.safetensors", {"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file({name: tensors[name] for name in wanted}, weights, {"format": "pt"})
+    weights.chmod(0o644)  # the library makes it private, and a package carries modes along
     _write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     generation = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", generation | {"temperature": 1.0, "top_p": 0.95, "do_sample": True})

@@ -41,6 +41,7 @@ def test_types_on_disk(tmp_path, tokenizer):
     export(Demo(config, seed=0).state_dict(), config, tokenizer, tmp_path / "model")
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         types = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     full = {name for name, dtype in types.items() if dtype == torch.float32}
     assert full == {name for name in types if name.endswith("e_score_correction_bias")} and len(full) == 3
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
