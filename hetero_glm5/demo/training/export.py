@@ -40,7 +40,7 @@ def export(
     weights.chmod(0o644)  # the library makes it private, and a package carries modes along
     _write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     generation = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", generation | {"temperature": 1.0, "top_p": 0.95, "do_sample": True})
+    _write_json(folder / "generation_config.json", generation | {"do_sample": False})
     _write_json(folder / "tokenizer_config.json", tokenizer_config(model.max_position_embeddings))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
