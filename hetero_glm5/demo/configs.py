@@ -57,7 +57,7 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
 
 
 def serve_config() -> dict[str, Any]:
-    """What `make serve` serves: about 10 MB in BF16, with enough experts for the GLM-5 card's launch command."""
+    """A random checkpoint of about 10 MB in BF16, with enough experts for the GLM-5 card's launch command."""
     return COMMON | {
         "hidden_size": 128,
         "intermediate_size": 256,

@@ -189,7 +189,7 @@ def main() -> None:
         prog="random_checkpoint", description="Write a GLM-5 checkpoint of random weights."
     )
     parser.add_argument("out", help="new or empty folder")
-    parser.add_argument("--config", help="a config.json to follow; default: the small model that `make serve` serves")
+    parser.add_argument("--config", help="a config.json to follow; default: a small one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--fp8", action="store_true", help="Linear weights in FP8 with 128x128 blocks, as GLM-5-FP8")
