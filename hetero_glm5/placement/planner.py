@@ -69,6 +69,7 @@ class Adaptive:
         self.costs = costs
         self._forecast = Forecast(*slot_of.shape)
         self._in_flight: list[Move] = []
+        self._coming = np.zeros(slot_of.shape, dtype=bool)  # in flight
         self._victims = np.flatnonzero(self.slot_of.ravel() >= 0)  # least expected first
         self._taken = 0  # of the victims, from the front
         self._fetched = np.zeros(slot_of.shape, dtype=bool)  # in this step
@@ -77,7 +78,7 @@ class Adaptive:
     def fetch(self, layer: int, tokens: np.ndarray) -> list[Move]:
         expected, slots = self._forecast.expected, self.slot_of[layer]
         used = np.flatnonzero(tokens)
-        hits, misses = used[slots[used] >= 0], used[slots[used] < 0]
+        hits, misses = used[slots[used] >= 0], used[(slots[used] < 0) & ~self._coming[layer, used]]
         misses = misses[np.argsort(-expected[layer, misses], kind="stable")]
         most = self._fetch_count(tokens[hits], tokens[misses])
         moves = []
@@ -112,6 +113,7 @@ class Adaptive:
         landed = len(self._in_flight) - late
         for move in self._in_flight[:landed]:
             self.slot_of[move.layer, move.expert] = move.slot
+            self._coming[move.layer, move.expert] = False
         self._in_flight = self._in_flight[landed:]
         self._forecast.observe(decode, prefill)
         moves = self._order(int(self._hidden / self.costs.copy) - late)
@@ -126,10 +128,7 @@ class Adaptive:
     def _order(self, most: int) -> list[Move]:
         """At most `most` moves, the best first; what remains in slots becomes the next step's victims."""
         expected, slots = self._forecast.expected.ravel(), self.slot_of.ravel()
-        on_host = slots < 0
-        for move in self._in_flight:
-            on_host[move.layer * self.slot_of.shape[1] + move.expert] = False
-        newcomers, victims = np.flatnonzero(on_host), np.flatnonzero(slots >= 0)
+        newcomers, victims = np.flatnonzero((slots < 0) & ~self._coming.ravel()), np.flatnonzero(slots >= 0)
         victims = victims[np.argsort(expected[victims], kind="stable")]
         newcomers = newcomers[np.argsort(-expected[newcomers], kind="stable")]
         pairs = max(0, min(most, len(victims), len(newcomers)))
@@ -137,7 +136,8 @@ class Adaptive:
         count = int((gain > self.MARGIN).sum())  # falling
         layers, experts = np.divmod(newcomers[:count], self.slot_of.shape[1])
         moves = [Move(*move) for move in zip(layers.tolist(), experts.tolist(), slots[victims[:count]].tolist())]
-        self.slot_of.ravel()[victims[:count]] = -1
+        slots[victims[:count]] = -1
+        self._coming.ravel()[newcomers[:count]] = True
         self._victims, self._taken = victims[count:], 0
         return moves
 
