@@ -133,14 +133,20 @@ class ExpertTiers:
 
     def _fetch(self, index: int, ids: Tensor, clock) -> None:
         """Co-execution: some of the experts that are missed come to the device while the host computes the others."""
-        if self.adaptation is None or not self.adaptation.planner.may_fetch(len(ids)):
+        if self.adaptation is None or not self.adaptation.planner.may_fetch(ids.numel()):
             return
         planner = self.adaptation.planner
         with clock("device_experts"):
             tokens = np.bincount(ids.flatten().cpu().numpy(), minlength=self._slot_of.shape[1])  # waits for the router
             moves = planner.fetch(index, tokens)
             self._publish(planner.slot_of)
-            self.adaptation.mover.fetch(moves)
+            try:
+                self.adaptation.mover.fetch(moves)
+            except RuntimeError:
+                for move in moves:
+                    planner.drop(move)
+                self._publish(planner.slot_of)
+                raise
 
     def _publish(self, slot_of: np.ndarray) -> None:
         changed = np.nonzero(slot_of != self._slot_of)
