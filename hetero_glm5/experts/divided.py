@@ -18,9 +18,8 @@ from torch import Tensor
 from hetero_glm5.experts.copies import Copies, Mark
 from hetero_glm5.experts.gpu_tier import GpuExperts
 from hetero_glm5.experts.mover import copy_expert
-from hetero_glm5.ops import reference as ops
 from hetero_glm5.placement.cost import Costs
-from hetero_glm5.placement.divide import Division, divide
+from hetero_glm5.placement.divide import divide
 from hetero_glm5.weights.quantize import PackedExperts
 
 STAGES = 2
@@ -46,36 +45,39 @@ class DividedPrefill:
         self.staging = torch.empty((STAGES, tier.layout.blob_bytes), dtype=torch.uint8, device=tier.slots.device)
         self._staged: deque[Staged] = deque()  # for layer _next, before it is asked for
         self._next = 0
-        self._streamed: dict[int, list[int]] = {}  # by layer, in its latest division
+        self._began: dict[int, list[int]] = {}  # by layer: with which experts, in the latest chunk
 
-    def divide(self, layer: int, ids: np.ndarray, slot_of: np.ndarray) -> Division:
-        """ids [T, k] on the host; slot_of [E] of the layer, -1 = host."""
+    def divide(self, layer: int, ids: np.ndarray, slot_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids [T, k] of the layer's rows, on the host; slot_of [E], -1 = host. Returns the experts to copy to the
+        device, in order, and bool [E]: those that the host computes."""
         tokens = np.bincount(ids.reshape(-1), minlength=len(slot_of))
-        ahead = [s.expert for s in self._staged] if layer == self._next else []
-        return divide(tokens, slot_of >= 0, self.costs, ahead)
+        useful = [s for s in self._staged if layer == self._next and tokens[s.expert] and slot_of[s.expert] < 0]
+        self._staged, self._next = deque(useful), layer
+        here = slot_of.copy()
+        here[[staged.expert for staged in useful]] = 0
+        streamed = divide(tokens, here, self.costs).streamed
+        on_host = here < 0
+        on_host[streamed] = False
+        return streamed, on_host
 
-    def streamed(self, layer: int, division: Division, x: Tensor, ids: np.ndarray, weights: Tensor) -> Tensor:
-        """The streamed experts' part of the sum, fp32 [T, hidden]; weights fp32 [T, k] on the device."""
+    def compute(self, layer: int, streamed: np.ndarray, x: Tensor, ids: np.ndarray, weights: Tensor) -> Tensor:
+        """After divide(): the part of the sum that the streamed and the staged experts have, fp32 [T, hidden]; weights
+        fp32 [T, k] on the device."""
         y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         flat = ids.reshape(-1)
-        order = np.argsort(flat, kind="stable")
+        places = torch.from_numpy(np.argsort(flat, kind="stable")).to(x.device)
         ends = np.cumsum(np.bincount(flat, minlength=self.experts[layer].num_experts))
-        places = torch.from_numpy(order).to(x.device)
-        todo, ready = deque(division.streamed), self._take(layer, division.streamed)
-        free = [s for s in range(STAGES) if s not in {staged.slot for staged in ready}]
-        for staged in ready:
-            todo.remove(staged.expert)
+        ready, self._staged = self._staged, deque()
+        todo, free = deque(streamed.tolist()), sorted(set(range(STAGES)) - {staged.slot for staged in ready})
+        self._began[layer] = [staged.expert for staged in ready] + streamed[:STAGES].tolist()
         while ready or todo:
             while free and todo:
                 ready.append(self._stage(layer, todo.popleft(), free.pop(0)))
             staged = ready.popleft()
             staged.mark.hold()
             mine = places[ends[staged.expert - 1] if staged.expert else 0 : ends[staged.expert]]
-            rows = mine // ids.shape[1]
-            out = ops.swiglu(x[rows], *self.tier.layout.unpack(self.staging[staged.slot], x.dtype)).float()
-            y.index_add_(0, rows, out * weights.flatten()[mine, None])
+            self.tier.add(y, x, weights, mine, self.staging[staged.slot])
             free.append(staged.slot)
-        self._streamed[layer] = list(division.streamed)
         self._look_ahead((layer + 1) % len(self.experts))
         return y
 
@@ -84,13 +86,7 @@ class DividedPrefill:
         copy_expert(self.experts[layer], expert, self.staging[slot], self.copies)
         return Staged(expert, slot, self.copies.mark())
 
-    def _take(self, layer: int, wanted: Sequence[int]) -> deque[Staged]:
-        """What was fetched for this layer and is of use; the rest may be overwritten."""
-        found = deque(s for s in self._staged if layer == self._next and s.expert in wanted)
-        self._staged.clear()
-        return found
-
     def _look_ahead(self, layer: int) -> None:
         self._next = layer
-        for slot, expert in enumerate(self._streamed.get(layer, ())[:STAGES]):
+        for slot, expert in enumerate(self._began.get(layer, [])[:STAGES]):
             self._staged.append(self._stage(layer, expert, slot))

@@ -25,7 +25,6 @@ def load_tiers(
     device: str,
     pool: HostPool,
     copies: bool = False,
-    deferred: int = 0,
 ) -> ExpertTiers:
     """Takes every routed expert once, to where slot_of [MoE layers, experts] puts it. The host keeps a copy of those on
     the device only with `copies`, which experts that move need."""
@@ -54,4 +53,4 @@ def load_tiers(
             if resident:
                 host[layer] = CpuExperts(packed, pool=pool)
     stream = None if tier.slots.device.type == "cpu" else CudaStream
-    return ExpertTiers(layers, host, tier, slot_of, stream=stream, deferred=deferred)
+    return ExpertTiers(layers, host, tier, slot_of, stream=stream)
