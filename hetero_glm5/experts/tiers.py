@@ -65,55 +65,53 @@ class ExpertTiers:
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock=no_clock) -> Join:
         """x [T, hidden], ids int64 [T, k], weights fp32 [T, k]. Returns join() → Σ_k w·E_k(x), fp32 [T, hidden]."""
         index = self._index[layer]
+        late, self._late = self._late, None
         if self.adaptation is not None:
             self.adaptation.routed(index, ids)
         if self.divided is not None and len(x) >= self.divided.threshold:
-            parts = self._divide(layer, x, ids, weights, clock)
+            parts = self._divide(self.divided, layer, x, ids, weights, clock)
         else:
             if self.adaptation is not None:
                 with clock("device_experts"):
                     self._fetch(self.adaptation, index, ids)
             parts = self._split(layer, x, ids, weights, clock)
-        return lambda: _sum(parts, clock)
+        return lambda: _sum(parts if late is None else [*parts, late], clock)
 
     def _split(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock) -> list[Join]:
-        index, late = self._index[layer], self._late
+        index, parts = self._index[layer], []
         slots = self.slot_of[index][ids]
-        on_host, parts = ids.masked_fill(slots >= 0, -1), []
-        self._late = None
         if layer in self.host:
-            later = None
-            if self.deferred and index + 1 < len(self._index):
-                later = smallest(on_host, weights, self.deferred)
+            on_host = ids.masked_fill(slots >= 0, -1)
             with clock("host_experts"):
-                now = on_host if later is None else on_host.masked_fill(later, -1)
-                parts.append(self._start_host(layer, x, now, weights))
-                if later is not None:
+                if self.deferred and index + 1 < len(self._index):
+                    later = smallest(on_host, weights, self.deferred)
+                    parts.append(self._start_host(layer, x, on_host.masked_fill(later, -1), weights))
                     self._late = self._start_host(layer, x, on_host.masked_fill(~later, -1), weights)
+                else:
+                    parts.append(self._start_host(layer, x, on_host, weights))
         if (self._slot_of[index] >= 0).any():
             with clock("device_experts"):
                 y = self.device(x, slots, weights)
             parts.append(lambda: y)
-        return parts if late is None else [*parts, late]
+        return parts
 
-    def _divide(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock) -> list[Join]:
+    def _divide(
+        self, divided: DividedPrefill, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock
+    ) -> list[Join]:
         """The layer of a long prefill, in which nothing is deferred."""
-        index, late, divided = self._index[layer], self._late, self.divided
-        assert divided is not None
-        self._late = None
-        slots, host_ids = self.slot_of[index][ids], ids.cpu().numpy()  # waits for the router
+        index, parts = self._index[layer], []
+        host_ids = ids.cpu().numpy()  # waits for the router
         streamed, on_host = divided.divide(index, host_ids, self._slot_of[index])
-        elsewhere = torch.from_numpy(~on_host).to(ids.device)[ids]
-        parts = []
         if on_host.any():
+            elsewhere = torch.from_numpy(~on_host).to(ids.device)[ids]
             with clock("host_experts"):
                 parts.append(self._start_host(layer, x, ids.masked_fill(elsewhere, -1), weights))
         with clock("device_experts"):
             y = divided.compute(index, streamed, x, host_ids, weights)
             if (self._slot_of[index] >= 0).any():
-                y += self.device(x, slots, weights)
+                y += self.device(x, self.slot_of[index][ids], weights)
         parts.append(lambda: y)
-        return parts if late is None else [*parts, late]
+        return parts
 
     def _fetch(self, adaptation: Adaptation, index: int, ids: Tensor) -> None:
         try:
