@@ -27,13 +27,16 @@ from hetero_glm5.engine.sampler import sample
 from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
 from hetero_glm5.experts.cpu_tier import HostPool
-from hetero_glm5.experts.load import load_tiers
+from hetero_glm5.experts.load import adapt, divide_prefills, load_tiers, pin
 from hetero_glm5.experts.tiers import ExpertTiers
 from hetero_glm5.flags import ConfigError
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.state import Cache, Clocked, activation_bytes, cache_bytes_per_token
 from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.placement.cost import Costs, Curve
+from hetero_glm5.placement.divide import threshold
 from hetero_glm5.placement.memory import Limits, MemoryPlan, Needs, host_experts_fit, plan_memory
+from hetero_glm5.placement.planner import Adaptive
 from hetero_glm5.placement.policy import place, slots
 from hetero_glm5.placement.stats import load_counts
 from hetero_glm5.weights.expert_store import ExpertStore, is_store
@@ -184,7 +187,10 @@ class Engine:
             log.info(_where_experts_live(pool, mapped=memory.needs.mapped))
         model = GLM5(model_config, source.getter(dtype, config.device))
         experts = source.experts(layout, mapped=memory.needs.mapped, on_device=on_device)
-        tiers = load_tiers(source, experts, slot_of, device=config.device, pool=pool)
+        tiers = load_tiers(source, experts, slot_of, device=config.device, pool=pool, copies=config.moves_experts)
+        tiers.deferred = config.kt_max_deferred_experts_per_token
+        if config.moves_experts:
+            _set_up_moves(tiers, config, model_config, _costs(layout))
         cache = Cache.allocate(
             model_config, memory.kv_tokens, dtype=getattr(torch, config.kv_cache_dtype), device=config.device
         )
@@ -192,6 +198,26 @@ class Engine:
         stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
         runner = Runner(model, tiers, cache, config.page_size)
         return cls(config, runner, Scheduler(config, pages, stopping), tiers, pool)
+
+
+def _costs(layout: ExpertLayout) -> Costs:
+    host, device = Curve.roofline(50e9, 1e12, layout.bits_per_weight), Curve.roofline(1e12, 1e14, layout.bits_per_weight)
+    return Costs(layout.blob_bytes, host, device, link=25e9)
+
+
+def _set_up_moves(tiers: ExpertTiers, config: EngineConfig, model: ModelConfig, costs: Costs) -> None:
+    pin(tiers)
+    if config.kt_enable_dynamic_expert_update:
+        adapt(tiers, Adaptive(tiers.slot_of.numpy(force=True), costs))
+    flag = config.kt_gpu_prefill_token_threshold
+    if flag == "auto":
+        resident = float((tiers.slot_of >= 0).float().mean())
+        rows = threshold(costs, model.num_experts_per_tok, np.ones(model.n_routed_experts), resident)
+        log.info("--kt-gpu-prefill-token-threshold auto: %s", "never" if rows is None else f"{rows} tokens")
+    else:
+        rows = int(flag) or None
+    if rows is not None:
+        divide_prefills(tiers, rows, costs)
 
 
 def _where_experts_live(pool: HostPool, *, mapped: bool) -> str:
