@@ -27,6 +27,7 @@ from hetero_glm5.engine.sampler import sample
 from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
 from hetero_glm5.experts.cpu_tier import HostPool
+from hetero_glm5.experts.host_stream import HostStream
 from hetero_glm5.experts.load import load_tiers
 from hetero_glm5.experts.tiers import ExpertTiers
 from hetero_glm5.flags import ConfigError
@@ -228,6 +229,7 @@ def _memory(
         activations=activation_bytes(model, getattr(torch, config.dtype), _most_rows(config)),
         kv_token=cache_bytes_per_token(model, getattr(torch, config.kv_cache_dtype)),
         mapped=config.kt_weight_mode == "mmap",
+        pinned=_pinned_bytes(config, model) if gpu else 0,
     )
     limits = Limits(
         device=machine.gpu_free if gpu else machine.ram_available,
@@ -244,6 +246,11 @@ def _memory(
     context = config.context_length or model.max_position_embeddings
     most = -(-context // config.page_size) * config.page_size * config.max_running_requests
     return plan_memory(needs, limits, wanted_tokens=config.max_total_tokens, most_tokens=most, page=config.page_size)
+
+
+def _pinned_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    itemsize = getattr(torch, config.dtype).itemsize
+    return HostStream.pinned_bytes(_most_rows(config), model.hidden_size, model.num_experts_per_tok, itemsize)
 
 
 def _most_rows(config: EngineConfig) -> int:
