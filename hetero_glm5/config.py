@@ -85,6 +85,9 @@ class EngineConfig(Flags):
     kt_gpu_prefill_token_threshold: str = flag(
         "0", "tokens of a step from which it streams experts to the device: a number, auto = measured, 0 = never"
     )
+    kt_profile: str | None = flag(
+        None, "what hetero-glm5 bench machine wrote about this machine; default: measured at start, where it is needed"
+    )
     kt_enable_dynamic_expert_update: bool = flag(False, "move experts between tiers by routing statistics")
     kt_max_deferred_experts_per_token: int = flag(
         0, "of a token's host experts, so many are added one layer later; changes results; 0 = none", at_least=0

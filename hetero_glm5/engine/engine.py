@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from hetero_glm5.engine.sampler import sample
 from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
 from hetero_glm5.experts.cpu_tier import HostPool
+from hetero_glm5.experts.calibrate import costs_here
+from hetero_glm5.experts.host_stream import HostStream
 from hetero_glm5.experts.load import adapt, divide_prefills, load_tiers, pin
 from hetero_glm5.experts.tiers import ExpertTiers
 from hetero_glm5.flags import ConfigError
@@ -44,6 +47,8 @@ from hetero_glm5.weights.load import ModelWeights, Report, dense_bytes
 from hetero_glm5.weights.quantize import ExpertLayout
 
 log = logging.getLogger(__name__)
+
+SAME_MEMORY, SAME_CORES = 50e9, 1e12  # bytes/s and FLOP/s: both tiers' on a CPU
 
 
 class Engine:
@@ -190,7 +195,7 @@ class Engine:
         tiers = load_tiers(source, experts, slot_of, device=config.device, pool=pool, copies=config.moves_experts)
         tiers.deferred = config.kt_max_deferred_experts_per_token
         if config.moves_experts:
-            _set_up_moves(tiers, config, model_config, _costs(layout))
+            _set_up_moves(tiers, config, model_config, _costs(config, layout))
         cache = Cache.allocate(
             model_config, memory.kv_tokens, dtype=getattr(torch, config.kv_cache_dtype), device=config.device
         )
@@ -200,9 +205,13 @@ class Engine:
         return cls(config, runner, Scheduler(config, pages, stopping), tiers, pool)
 
 
-def _costs(layout: ExpertLayout) -> Costs:
-    host, device = Curve.roofline(50e9, 1e12, layout.bits_per_weight), Curve.roofline(1e12, 1e14, layout.bits_per_weight)
-    return Costs(layout.blob_bytes, host, device, link=25e9)
+def _costs(config: EngineConfig, layout: ExpertLayout) -> Costs:
+    """Of both tiers; on a CPU they are the same, so that whatever moves neither gains nor loses."""
+    if config.device == "cpu":
+        curve = Curve.roofline(SAME_MEMORY, SAME_CORES, layout.bits_per_weight)
+        return Costs(layout.blob_bytes, curve, curve, link=SAME_MEMORY)
+    profile = None if config.kt_profile is None else Path(config.kt_profile)
+    return costs_here(profile, layout, config.kt_cpuinfer)
 
 
 def _set_up_moves(tiers: ExpertTiers, config: EngineConfig, model: ModelConfig, costs: Costs) -> None:
@@ -254,6 +263,7 @@ def _memory(
         activations=activation_bytes(model, getattr(torch, config.dtype), _most_rows(config)),
         kv_token=cache_bytes_per_token(model, getattr(torch, config.kv_cache_dtype)),
         mapped=config.kt_weight_mode == "mmap",
+        pinned=_pinned_bytes(config, model) if gpu else 0,
     )
     limits = Limits(
         device=machine.gpu_free if gpu else machine.ram_available,
@@ -270,6 +280,11 @@ def _memory(
     context = config.context_length or model.max_position_embeddings
     most = -(-context // config.page_size) * config.page_size * config.max_running_requests
     return plan_memory(needs, limits, wanted_tokens=config.max_total_tokens, most_tokens=most, page=config.page_size)
+
+
+def _pinned_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    itemsize = getattr(torch, config.dtype).itemsize
+    return HostStream.pinned_bytes(_most_rows(config), model.hidden_size, model.num_experts_per_tok, itemsize)
 
 
 def _most_rows(config: EngineConfig) -> int:

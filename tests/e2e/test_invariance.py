@@ -117,7 +117,7 @@ MOVING = {
 @pytest.mark.parametrize("on_a_stream", [False, True])
 def test_experts_that_move(folder, plain, monkeypatch, standin, what, on_a_stream):
     """Under concurrent load, with misses that are fetched, and streamed experts; a cheap link makes all of it pay."""
-    monkeypatch.setattr("hetero_glm5.engine.engine._costs", lambda layout: CHEAP_LINK)
+    monkeypatch.setattr("hetero_glm5.engine.engine._costs", lambda config, layout: CHEAP_LINK)
     flags = {"max_total_tokens": 512, "page_size": 8, "latent_norm_eps": LATENT_EPS} | MOVING[what]
     stream = PatientStream(standin, most_delay=50)
     with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
@@ -145,7 +145,7 @@ def _lines(tiers):
 
 def test_a_copy_that_fails_ends_only_its_step(folder, plain, monkeypatch):
     """A fetch that fails is the step's error; the next requests find every expert where it is said to be."""
-    monkeypatch.setattr("hetero_glm5.engine.engine._costs", lambda layout: CHEAP_LINK)
+    monkeypatch.setattr("hetero_glm5.engine.engine._costs", lambda config, layout: CHEAP_LINK)
     flags = {"max_total_tokens": 512, "page_size": 8, "latent_norm_eps": LATENT_EPS} | MOVING["migration"]
     with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
         urgent = llm.engine.tiers.adaptation.mover.urgent
