@@ -204,9 +204,13 @@ class EngineConfig(Flags):
         return settled, notes
 
     @property
+    def divides_prefills(self) -> bool:
+        return bool(self.kt_gpu_prefill_token_threshold.strip("0"))
+
+    @property
     def moves_experts(self) -> bool:
         """Whether experts are copied from the host while the model runs, so that the host holds all of them."""
-        return self.kt_enable_dynamic_expert_update or bool(self.kt_gpu_prefill_token_threshold.strip("0"))
+        return self.kt_enable_dynamic_expert_update or self.divides_prefills
 
     @property
     def _mover(self) -> str:

@@ -27,8 +27,8 @@ from hetero_glm5.engine.runner import Runner
 from hetero_glm5.engine.sampler import sample
 from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
-from hetero_glm5.experts.cpu_tier import HostPool
 from hetero_glm5.experts.calibrate import costs_here
+from hetero_glm5.experts.cpu_tier import HostPool
 from hetero_glm5.experts.host_stream import HostStream
 from hetero_glm5.experts.load import adapt, divide_prefills, load_tiers, pin
 from hetero_glm5.experts.tiers import ExpertTiers
@@ -273,7 +273,7 @@ def _memory(
         nodes=tuple(machine.numa[node].ram_available for node in config.kt_numa_nodes or ()),
     )
     pool = config.max_total_tokens or config.context_length or 1
-    mappable = source.mappable and config.kt_weight_mode == "auto"
+    mappable = source.mappable and config.kt_weight_mode == "auto" and not config.moves_experts
     if mappable and not host_experts_fit(needs, limits, tokens=pool, page=config.page_size):
         log.info("the host experts do not fit in memory: they stay in the store's files and are read as they are used")
         needs = replace(needs, mapped=True)
