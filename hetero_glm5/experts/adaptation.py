@@ -15,6 +15,7 @@ class Adaptation:
 
     def __init__(self, planner: Planner, counts: RoutingCounts, mover: Mover):
         self.planner, self.counts, self.mover = planner, counts, mover
+        self._only_decode = False
 
     @property
     def slot_of(self) -> np.ndarray:
@@ -22,6 +23,7 @@ class Adaptation:
 
     def begin(self, decoded: Tensor) -> None:
         """decoded bool [T], on the CPU: which rows of the step are decoded, not prefilled."""
+        self._only_decode = bool(decoded.all())
         self.counts.begin(decoded)
 
     def routed(self, layer: int, ids: Tensor) -> None:
@@ -29,9 +31,9 @@ class Adaptation:
         self.counts.add(layer, ids)
 
     def fetch(self, layer: int, ids: Tensor) -> None:
-        """Co-execution: some of the experts that the layer misses come to the device, while the host computes the
-        others. What the device is asked from here on finds them there."""
-        if not self.planner.may_fetch(ids.numel()):
+        """Co-execution in a step that only decodes: some of the experts that the layer misses come to the device, while
+        the host computes the others. What the device is asked from here on finds them there."""
+        if not self._only_decode or not self.planner.may_fetch(ids.numel()):
             return
         rows = ids.flatten().cpu().numpy()  # waits for the router
         moves = self.planner.fetch(layer, np.bincount(rows, minlength=self.slot_of.shape[1]))

@@ -81,6 +81,7 @@ class Adaptive:
         self.costs = costs
         self._forecast = Forecast(*slot_of.shape)
         self._in_flight: list[Move] = []
+        self._coming = np.zeros(slot_of.shape, dtype=bool)  # in flight
         self._empty: list[int] = []  # slots that nobody holds, because copies to them failed
         self._victims = np.flatnonzero(self.slot_of.ravel() >= 0)  # least expected first
         self._taken = 0  # of the victims, from the front
@@ -90,7 +91,7 @@ class Adaptive:
     def fetch(self, layer: int, tokens: np.ndarray) -> list[Move]:
         expected, slots = self._forecast.expected, self.slot_of[layer]
         used = np.flatnonzero(tokens)
-        hits, misses = used[slots[used] >= 0], used[slots[used] < 0]
+        hits, misses = used[slots[used] >= 0], used[(slots[used] < 0) & ~self._coming[layer, used]]
         misses = misses[np.argsort(-expected[layer, misses], kind="stable")]
         most = self._fetch_count(tokens[hits], tokens[misses])
         moves = []
@@ -113,6 +114,7 @@ class Adaptive:
     def drop(self, move: Move) -> None:
         if move in self._in_flight:
             self._in_flight.remove(move)
+            self._coming[move.layer, move.expert] = False
         self.slot_of[move.layer, move.expert] = -1
         self._empty.append(move.slot)
 
@@ -135,6 +137,7 @@ class Adaptive:
         landed = len(self._in_flight) - late
         for move in self._in_flight[:landed]:
             self.slot_of[move.layer, move.expert] = move.slot
+            self._coming[move.layer, move.expert] = False
         self._in_flight = self._in_flight[landed:]
         self._forecast.observe(decode, prefill)
         moves = self._order(int(self._hidden / self.costs.copy) - late)
@@ -149,10 +152,7 @@ class Adaptive:
     def _order(self, most: int) -> list[Move]:
         """At most `most` moves, the best first; what remains in slots becomes the next step's victims."""
         expected, slots = self._forecast.expected.ravel(), self.slot_of.ravel()
-        on_host = slots < 0
-        for move in self._in_flight:
-            on_host[move.layer * self.slot_of.shape[1] + move.expert] = False
-        newcomers, victims = np.flatnonzero(on_host), np.flatnonzero(slots >= 0)
+        newcomers, victims = np.flatnonzero((slots < 0) & ~self._coming.ravel()), np.flatnonzero(slots >= 0)
         victims = victims[np.argsort(expected[victims], kind="stable")]
         newcomers = newcomers[np.argsort(-expected[newcomers], kind="stable")]
         empty = len(self._empty)
@@ -163,7 +163,8 @@ class Adaptive:
         layers, experts = np.divmod(newcomers[:count], self.slot_of.shape[1])
         moves = [Move(*move) for move in zip(layers.tolist(), experts.tolist(), free, strict=True)]
         evicted = max(0, count - empty)
-        self.slot_of.ravel()[victims[:evicted]] = -1
+        slots[victims[:evicted]] = -1
+        self._coming.ravel()[newcomers[:count]] = True
         self._victims, self._taken, self._empty = victims[evicted:], 0, self._empty[count:]
         return moves
 

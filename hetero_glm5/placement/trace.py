@@ -16,6 +16,7 @@ A preempted request is computed again: its positions then come twice, the second
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,48 @@ class Trace:
         )
         if not within:
             raise UserError(f"{path} is damaged: its arrays do not fit together. Record it again.")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A trace as planners see it: how many rows of each step each expert got. decode uint16 [steps, layers, experts];
+    prefill has one uint16 [layers, experts] for each step with prefill rows."""
+
+    decode: np.ndarray
+    prefill: dict[int, np.ndarray]
+    rows: np.ndarray  # int [steps], decoded
+
+    def __len__(self) -> int:
+        return len(self.decode)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """decode, prefill of each step, int64 [layers, experts]."""
+        nothing = np.zeros(self.decode.shape[1:], dtype=np.int64)
+        for step, decode in enumerate(self.decode):
+            yield decode.astype(np.int64), self.prefill.get(step, nothing).astype(np.int64)
+
+    @property
+    def timed(self) -> np.ndarray:
+        """bool [steps], whether a step decodes and does nothing else."""
+        timed = self.rows > 0
+        timed[list(self.prefill)] = False
+        return timed
+
+    @classmethod
+    def of(cls, trace: Trace) -> Steps:
+        count = int(trace.step.max(initial=-1)) + 1
+        shape = (count, len(trace.layers), trace.experts)
+
+        def counts(rows: np.ndarray) -> np.ndarray:
+            result = np.zeros(shape, dtype=np.uint16)
+            step, layer = trace.step[rows, None, None], np.arange(shape[1])[:, None]
+            np.add.at(result, (step, layer, trace.ids[rows].astype(np.int64)), 1)
+            return result
+
+        prefill = counts(~trace.decode)
+        with_prefill = np.unique(trace.step[~trace.decode]).tolist()
+        return cls(
+            counts(trace.decode),
+            {step: prefill[step] for step in with_prefill},
+            np.bincount(trace.step[trace.decode], minlength=count),
+        )
