@@ -210,13 +210,13 @@ class EngineConfig(Flags):
     @property
     def moves_experts(self) -> bool:
         """Whether experts are copied from the host while the model runs, so that the host holds all of them."""
-        return self.kt_enable_dynamic_expert_update or self.divides_prefills
+        return bool(self._movers)
 
     @property
-    def _mover(self) -> str:
-        if self.kt_enable_dynamic_expert_update:
-            return "--kt-enable-dynamic-expert-update"
-        return f"--kt-gpu-prefill-token-threshold {self.kt_gpu_prefill_token_threshold}"
+    def _movers(self) -> list[str]:
+        prefill = f"--kt-gpu-prefill-token-threshold {self.kt_gpu_prefill_token_threshold}"
+        update = "--kt-enable-dynamic-expert-update"
+        return [prefill] * self.divides_prefills + [update] * self.kt_enable_dynamic_expert_update
 
     def _settle_method(self, packed_as: str | None, quantised_as: str, notes: list[str]) -> str:
         method = KT_METHODS[self.kt_method]
@@ -285,18 +285,18 @@ class EngineConfig(Flags):
         return threads
 
     def _check_gpu_flags(self, device: str, notes: list[str]) -> None:
-        if self.moves_experts and self.kt_weight_mode == "mmap":
+        if self._movers and self.kt_weight_mode == "mmap":
             raise ConfigError(
-                f"{self._mover} copies experts from host memory, and --kt-weight-mode mmap leaves them in files. Use "
-                "--kt-weight-mode ram, or leave one of the two out."
+                f"{self._movers[0]} copies experts from host memory, and --kt-weight-mode mmap leaves them in files. "
+                "Use --kt-weight-mode ram, or leave one of the two out."
             )
         if self.kt_enable_dynamic_expert_update and not (self.kt_num_gpu_experts or self.kt_gpu_experts_ratio):
             raise ConfigError(
                 "--kt-enable-dynamic-expert-update moves experts into the device's slots, and there are none. Give "
                 "--kt-num-gpu-experts or --kt-gpu-experts-ratio."
             )
-        if device == "cpu" and self.moves_experts:
-            notes.append(f"{self._mover}: both tiers are the same memory here; copying experts gains nothing.")
+        if device == "cpu":
+            notes += [f"{flag} gains nothing here: both tiers are the same memory." for flag in self._movers]
         if self.attention_backend not in ("auto", "torch"):
             notes.append(f"--attention-backend {self.attention_backend}: attention runs in torch in this version.")
         if self.fp8_gemm_backend != "auto":

