@@ -82,7 +82,7 @@ class Profile:
 
 
 def _curve(where: str, data: Any) -> Curve:
-    points = [data.get("tokens"), data.get("seconds")] if isinstance(data, dict) and len(data) == 2 else []
+    points: list[Any] = [data.get("tokens"), data.get("seconds")] if isinstance(data, dict) and len(data) == 2 else []
     if not points or not all(isinstance(part, list) and part and all(map(_positive, part)) for part in points):
         raise UserError(f"{where} is no curve of positive tokens and seconds. {AGAIN}")
     tokens, seconds = points
