@@ -1,6 +1,6 @@
-"""A device for tests that copies beside what it computes: two kinds of lines, each a thread that does what was enqueued,
-in order, after seeded delays, with the waits that were asked for. A copy takes time and is torn meanwhile; a computation
-reads its slot twice. So whoever lets a computation see half a copy, or another expert, is found out."""
+"""A device for tests that copies beside what it computes: lines, each a thread that does what was enqueued, in order,
+after seeded delays, with the waits that were asked for. A copy takes time and is torn meanwhile; a computation reads
+its slot twice. So whoever lets a computation see half a copy, or another expert, is found out."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ class StandinCopies:
         pass
 
     def after_compute(self) -> None:
-        self.line.enqueue(lambda event=self.compute.point(): event.wait() and None)
+        computed = self.compute.point()
+        self.line.enqueue(lambda: computed.wait() and None)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         self.count += 1
@@ -97,8 +98,8 @@ class StandinCopies:
 
 
 class TaggedExperts(GpuExperts):
-    """Computes nothing: looks whether the experts that it is asked for are in their slots. A blob's bytes are its tag as
-    int64 over and over; `weights` hold the tags of the rows' experts."""
+    """Computes nothing: looks whether the experts that it is asked for are in their slots. A blob is its tag as int64
+    over and over; `weights` hold the tags of the rows' experts."""
 
     def __init__(self, layout, num_slots: int, compute: Line):
         super().__init__(layout, num_slots, "cpu")
