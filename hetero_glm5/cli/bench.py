@@ -172,12 +172,17 @@ def _perplexity(found: dict[str, Any]) -> Table:
 
 
 def _answers(found: dict[str, Any]) -> Table:
-    table = _table("greedy answers, BF16", "", "asked", "right", "well-formed")
-    for name, marks in found["answers"].items():
-        asked, formed = marks["asked"], marks["well_formed"]
-        shares = [f"{100 * part / asked:.1f} %" if part is not None else "" for part in (marks["right"], formed)]
-        table.add_row(name, f"{asked}", *shares)
+    methods = found["answers"]
+    table = _table("greedy answers that are right", "", "asked", *methods)
+    for task, marks in methods["BF16"].items():
+        table.add_row(task, f"{marks['asked']}", *(_share(of[task], "right") for of in methods.values()))
+        if marks["well_formed"] is not None:
+            table.add_row("  well-formed", "", *(_share(of[task], "well_formed") for of in methods.values()))
     return table
+
+
+def _share(marks: dict[str, Any], of: str) -> str:
+    return f"{100 * marks[of] / marks['asked']:.1f} %"
 
 
 def _sparse(sparse: dict[str, Any]) -> Table:

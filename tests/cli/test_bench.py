@@ -66,10 +66,12 @@ def test_the_report(checkpoints, tmp_path, small):
     assert list(sparse) == ["index_topk", "length", "own", "all"] and sparse["length"] == 4 * sparse["index_topk"] == 64
     assert sparse["all"]["ratio"] != 1 and 0 <= sparse["own"]["tokens"] < sparse["all"]["tokens"] <= 2 * 64
 
-    asked = {name: marks["asked"] for name, marks in found["answers"].items()}
+    assert list(found["answers"]) == list(found["perplexity"])
+    answered = found["answers"]["INT4"]
+    asked = {name: marks["asked"] for name, marks in answered.items()}
     tools = {name: asked.pop(name) for name in list(asked) if name.startswith("tools")}
     assert asked == {"sums": 2, "project": 2, "chats": 2, "recall 64": 1} and sum(tools.values()) == 2
-    assert all((marks["well_formed"] is None) == ("calls" not in name) for name, marks in found["answers"].items())
+    assert all((marks["well_formed"] is None) == ("calls" not in name) for name, marks in answered.items())
 
     places = found["drafting"]["all"]["places"]
     assert list(found["drafting"]) == [*report.ASKED_KINDS, "all"] and len(places) == 3
@@ -83,7 +85,7 @@ def test_the_report(checkpoints, tmp_path, small):
         and list(routing["shares"]) == [f"{share:g}" for share in SHARES]
     )
     assert all(0 < bits < 4 for bits in routing["entropy"]) and len(routing["entropy"]) == 3
-    for words in ("INT4", "1 deferred", *found["answers"], "entropy", "to dense", "MTP drafts"):
+    for words in ("INT4", "1 deferred", *answered, "entropy", "to dense", "MTP drafts"):
         assert words in output, words
     assert re.search(rf"{re.escape(folder.name)}, seed 0, .* \d+ s", output)
 
@@ -103,7 +105,7 @@ def test_what_a_model_has_not_is_left_out(checkpoints, tmp_path, small):
     folder = tiny_checkpoint(checkpoints, dtype="bfloat16", **short)
     output = run("--model", folder, "--count", 1, "--methods", "BF16", "--json", tmp_path / "json").stdout
     found = json.loads((tmp_path / "json").read_text())
-    assert found["drafting"] is None and found["sparse"] is None and "recall 5000" not in found["answers"]
+    assert found["drafting"] is None and found["sparse"] is None and "recall 5000" not in found["answers"]["BF16"]
     assert len(found["left_out"]) >= 3 and all(f"left out: {sentence[:40]}" in output for sentence in found["left_out"])
 
 
