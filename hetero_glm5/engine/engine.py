@@ -29,6 +29,7 @@ from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
 from hetero_glm5.experts.calibrate import costs_here
 from hetero_glm5.experts.cpu_tier import HostPool
+from hetero_glm5.experts.divided import STAGES
 from hetero_glm5.experts.host_stream import HostStream
 from hetero_glm5.experts.load import adapt, divide_prefills, load_tiers, pin
 from hetero_glm5.experts.tiers import ExpertTiers
@@ -263,6 +264,8 @@ def _memory(
         activations=activation_bytes(model, getattr(torch, config.dtype), _most_rows(config)),
         kv_token=cache_bytes_per_token(model, getattr(torch, config.kv_cache_dtype)),
         mapped=config.kt_weight_mode == "mmap",
+        copies=config.moves_experts,
+        staging=STAGES if config.divides_prefills else 0,
         pinned=_pinned_bytes(config, model) if gpu else 0,
     )
     limits = Limits(

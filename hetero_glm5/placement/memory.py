@@ -149,9 +149,13 @@ def _host_experts(needs: Needs) -> str:
 
 
 def _host_remedy(needs: Needs) -> str:
-    moves = "let no expert move (--kt-enable-dynamic-expert-update, --kt-gpu-prefill-token-threshold)"
-    fewer = moves if needs.copies else "put more experts on the device"
-    return f"Use a smaller --kt-method, {fewer}, or leave a packed store in its files (--kt-weight-mode mmap)."
+    if needs.copies:
+        moves = "--kt-enable-dynamic-expert-update and --kt-gpu-prefill-token-threshold"
+        return f"Use a smaller --kt-method, or let no expert move: leave out {moves}."
+    return (
+        "Use a smaller --kt-method, put more experts on the device, or leave a packed store in its files "
+        "(--kt-weight-mode mmap)."
+    )
 
 
 def _device_remedy(needs: Needs, limits: Limits, page: int) -> str:

@@ -70,19 +70,21 @@ class Profile:
             curves = data[tier] if isinstance(data[tier], dict) else {"": None}
             data[tier] = {method: _curve(f"{path}: {tier} {method}", curve) for method, curve in curves.items()}
         profile = cls(**data)
-        rates = [profile.host_call] if profile.link is None else [profile.host_call, profile.link]
-        versions = profile.versions if isinstance(profile.versions, dict) else {"": None}
-        texts = [profile.cpu, profile.isa, profile.gpu or "", *versions.values()]
-        sound = all(map(_positive, rates)) and all(isinstance(text, str) for text in texts)
-        if not (
-            sound and type(profile.threads) is int and profile.host and (profile.link is None) == (not profile.device)
-        ):
+        if not profile._sound:
             raise UserError(f"{path} is damaged: its values do not fit together. {AGAIN}")
         return profile
 
+    @property
+    def _sound(self) -> bool:
+        versions = list(self.versions.values()) if isinstance(self.versions, dict) else [None]
+        texts = [self.cpu, self.isa, "" if self.gpu is None else self.gpu, *versions]
+        rates = [self.host_call] if self.link is None else [self.host_call, self.link]
+        whole = bool(self.host) and (self.link is None) == (not self.device) and type(self.threads) is int
+        return whole and all(map(_positive, rates)) and all(isinstance(text, str) for text in texts)
+
 
 def _curve(where: str, data: Any) -> Curve:
-    points = [data.get("tokens"), data.get("seconds")] if isinstance(data, dict) and len(data) == 2 else []
+    points: list[Any] = [data.get("tokens"), data.get("seconds")] if isinstance(data, dict) and len(data) == 2 else []
     if not points or not all(isinstance(part, list) and part and all(map(_positive, part)) for part in points):
         raise UserError(f"{where} is no curve of positive tokens and seconds. {AGAIN}")
     tokens, seconds = points

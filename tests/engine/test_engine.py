@@ -50,3 +50,12 @@ def test_aborts_are_final_wherever_the_sequence_is(engine):
 
 def test_an_idle_engine_steps_for_nothing(engine):
     assert not engine.busy and engine.step() == []
+
+
+def test_the_report_counts_what_moving_experts_takes(checkpoints, caplog):
+    moves = {"kt_num_gpu_experts": 2, "kt_enable_dynamic_expert_update": True, "kt_gpu_prefill_token_threshold": "64"}
+    config = EngineConfig(model=str(tiny_checkpoint(checkpoints)), device="cpu", max_total_tokens=256, **moves)
+    with caplog.at_level("INFO"):
+        Engine.load(config).close()
+    assert "6 device experts" in caplog.text and "2 staging slots" in caplog.text
+    assert "host tier: 48 experts" in caplog.text and "6 of them on the device too" in caplog.text
