@@ -208,7 +208,7 @@ def _placement(config: EngineConfig, model: ModelConfig) -> np.ndarray:
         budget = int(config.kt_gpu_experts_ratio * layers * experts)
     counts = None
     if config.init_expert_location is not None:
-        counts = load_counts(config.init_expert_location, model.moe_layers, model.num_hidden_layers, experts)
+        counts = load_counts(config.init_expert_location, model)
     chosen = place(config.kt_expert_placement_strategy, layers, experts, budget, counts)
     return slots(chosen, model.moe_layers, model.num_hidden_layers)
 
