@@ -20,13 +20,15 @@ from hetero_glm5.core import (
     UserError,
     no_clock,
 )
+from hetero_glm5.engine.batch import decoded_rows
 from hetero_glm5.engine.kv_cache import PagePool
 from hetero_glm5.engine.runner import Runner
 from hetero_glm5.engine.sampler import sample
 from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
 from hetero_glm5.experts.cpu_tier import HostPool
-from hetero_glm5.experts.tiers import load_tiers
+from hetero_glm5.experts.load import load_tiers
+from hetero_glm5.experts.tiers import ExpertTiers
 from hetero_glm5.flags import ConfigError
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.state import Cache, Clocked, activation_bytes, cache_bytes_per_token
@@ -44,8 +46,8 @@ log = logging.getLogger(__name__)
 class Engine:
     """Made by Engine.load. `clock` may be set to a core.Clock to measure the parts of each step."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, scheduler: Scheduler, pool: HostPool):
-        self.config, self.runner, self.scheduler, self.pool = config, runner, scheduler, pool
+    def __init__(self, config: EngineConfig, runner: Runner, scheduler: Scheduler, tiers: ExpertTiers, pool: HostPool):
+        self.config, self.runner, self.scheduler, self.tiers, self.pool = config, runner, scheduler, tiers, pool
         self.model_config: ModelConfig = runner.model.config
         self.clock: Clocked = no_clock
         self.batch = Batch([])  # what the latest step computed, or failed to
@@ -56,10 +58,12 @@ class Engine:
         batch = self.batch = self.scheduler.schedule()
         if not batch:
             return []
+        self.tiers.begin_step(decoded_rows(batch))
         logits = self.runner.forward(batch, self.clock)
         with self.clock("sampling"):
             tokens = sample(logits, batch, self.model_config.eos_token_ids)  # waits for the device
         self.pool.check()
+        self.tiers.end_step()
         return self.scheduler.commit(batch, tokens)
 
     def fail_step(self, message: str) -> list[TokenEvent]:
@@ -187,7 +191,7 @@ class Engine:
         pages = PagePool(memory.kv_tokens // config.page_size, config.page_size)
         stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
         runner = Runner(model, tiers, cache, config.page_size)
-        return cls(config, runner, Scheduler(config, pages, stopping), pool)
+        return cls(config, runner, Scheduler(config, pages, stopping), tiers, pool)
 
 
 def _where_experts_live(pool: HostPool, *, mapped: bool) -> str:
@@ -201,7 +205,7 @@ def _where_experts_live(pool: HostPool, *, mapped: bool) -> str:
 
 
 def _placement(config: EngineConfig, model: ModelConfig) -> np.ndarray:
-    """slot_of [num_layers, experts] for the strategy and budget that the flags name."""
+    """slot_of [MoE layers, experts] for the strategy and budget that the flags name."""
     layers, experts = len(model.moe_layers), model.n_routed_experts
     budget = config.kt_num_gpu_experts * layers
     if config.kt_gpu_experts_ratio is not None:
@@ -209,8 +213,7 @@ def _placement(config: EngineConfig, model: ModelConfig) -> np.ndarray:
     counts = None
     if config.init_expert_location is not None:
         counts = load_counts(config.init_expert_location, model)
-    chosen = place(config.kt_expert_placement_strategy, layers, experts, budget, counts)
-    return slots(chosen, model.moe_layers, model.num_hidden_layers)
+    return slots(place(config.kt_expert_placement_strategy, layers, experts, budget, counts))
 
 
 def _memory(

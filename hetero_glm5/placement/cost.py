@@ -5,7 +5,8 @@ weights, with many the arithmetic. They are kept as seconds for a byte of packed
 experts of other sizes in the same format. A layer takes as long as the slower of its two sides, which work at once:
 
     host    Σ_e host(tokens_e), plus `host_call` for the copies of rows and the hand-over
-    device  Σ_e device(tokens_e), plus `device_call`; and the link, which copies one expert after the other
+    device  Σ_e device(tokens_e), plus `device_call`; and the link, which copies one expert after the other: what is
+            resident is computed while the link copies, what is fetched after that
 """
 
 from __future__ import annotations
@@ -40,6 +41,20 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """Seconds of each layer's parts in a step, float64 [layers]."""
+
+    host: np.ndarray
+    device: np.ndarray  # the link's part included
+    link: np.ndarray
+    rest: float  # of a layer, beside both
+
+    @property
+    def seconds(self) -> np.ndarray:
+        return np.maximum(self.host, self.device) + self.rest
+
+
+@dataclass(frozen=True)
 class Costs:
     """Of one model's experts in one format on one machine. Times in seconds."""
 
@@ -58,6 +73,22 @@ class Costs:
 
     def on_device(self, tokens: np.ndarray) -> np.ndarray:
         return self.device(tokens) * self.expert
+
+    def layers(self, tokens: np.ndarray, resident: np.ndarray, fetched: np.ndarray) -> Layers:
+        """Of a step; rows of each expert int64 [layers, experts], and bool of the same shape: what was on the device
+        when its layer was routed, and what was then fetched. All else is the host's."""
+        used = np.nonzero(tokens)
+        rows, here, copied = tokens[used], resident[used], fetched[used]
+
+        def by_layer(seconds: np.ndarray) -> np.ndarray:
+            return np.bincount(used[0], seconds, len(tokens))
+
+        on_device = self.on_device(rows)
+        host = by_layer(np.where(here | copied, 0.0, self.on_host(rows)))
+        link = by_layer(copied * self.copy)
+        hits, late = by_layer(on_device * here), by_layer(on_device * copied)
+        device = np.maximum(hits, link) + late
+        return Layers(host + (host > 0) * self.host_call, device + (device > 0) * self.device_call, link, self.layer)
 
     @property
     def copy(self) -> float:

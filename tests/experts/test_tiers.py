@@ -46,15 +46,15 @@ WEIGHTS = [
 
 def tiers(pool, method, on_device, stream) -> ExpertTiers:
     layout = ExpertLayout(method, HIDDEN, WIDTH)
-    slot_of = np.full((2, EXPERTS), -1)
-    slot_of[LAYER, on_device] = np.arange(len(on_device))
+    slot_of = np.full((1, EXPERTS), -1)
+    slot_of[0, on_device] = np.arange(len(on_device))
     device = GpuExperts(layout, len(on_device), "cpu")
     resident = [e for e in range(EXPERTS) if e not in on_device]
     packed = PackedExperts(layout, EXPERTS, resident)
     for e in range(EXPERTS):
-        layout.pack_into(device.slots[slot_of[LAYER, e]] if e in on_device else packed.blob(e), *WEIGHTS[e])
+        layout.pack_into(device.slots[slot_of[0, e]] if e in on_device else packed.blob(e), *WEIGHTS[e])
     host = {LAYER: CpuExperts(packed, pool=pool)} if resident else {}
-    return ExpertTiers(host, device, slot_of, stream=stream)
+    return ExpertTiers([LAYER], host, device, slot_of, stream=stream)
 
 
 @pytest.mark.parametrize("method", TOLERANCE)
@@ -81,7 +81,7 @@ def test_the_clock_tells_the_tiers_apart(pool, stream):
 
 def test_an_error_in_the_host_part_reaches_the_caller(pool, stream):
     broken = tiers(pool, "FP32", [0], stream)
-    broken.slot_of[LAYER, 0] = -1  # claims that expert 0 is on the host, which holds no copy
+    broken.slot_of[0, 0] = -1  # claims that expert 0 is on the host, which holds no copy
     with pytest.raises(ValueError, match="expert 0"):
         y = broken(LAYER, normal(1, HIDDEN, seed=1), torch.tensor([[0, 1, 2]]), torch.ones(1, 3))()
         assert y.isnan().all()
