@@ -21,7 +21,7 @@ class RoutingCounts:
     take() gives the steps' counts, the oldest first. For one thread."""
 
     def __init__(self, layers: int, experts: int, device: str | torch.device):
-        self.device = torch.device(device)
+        self.shape, self.device = (layers, experts), torch.device(device)
         self._counters = torch.zeros(layers, experts + 1, dtype=torch.int64, device=device)
         self._units = self._counters.new_empty(0, 1)
         self._drained: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()

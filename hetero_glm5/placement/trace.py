@@ -62,8 +62,9 @@ class Trace:
         if not isinstance(header, dict) or header.get("version") != VERSION:
             raise UserError(f"{path} is no routing trace of version {VERSION}. {AGAIN}")
         experts, kinds = header.get("experts"), header.get("kinds")
-        known = type(experts) is int and isinstance(kinds, list) and all(type(kind) is str for kind in kinds)
-        if not known or {name: array.dtype for name, array in arrays.items()} != _types(experts):
+        texts = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+        types = {name: array.dtype for name, array in arrays.items()}
+        if not isinstance(experts, int) or not texts or types != _types(experts):
             raise UserError(f"{path} is damaged: it holds other arrays than a trace. {AGAIN}")
         trace = cls(**arrays, kinds=np.array(kinds, dtype=str), experts=experts)
         trace._check(path)
