@@ -83,10 +83,15 @@ class EngineConfig(Flags):
         None, "routing counts for --kt-expert-placement-strategy frequency (.safetensors or .pt with logical_count)"
     )
     kt_gpu_prefill_token_threshold: str = flag(
-        "0", "tokens from which a prefill streams experts to the GPU: a number, auto, or 0 = never"
+        "0", "tokens of a step from which it streams experts to the device: a number, auto = measured, 0 = never"
+    )
+    kt_profile: str | None = flag(
+        None, "what hetero-glm5 bench machine wrote about this machine; default: measured at start, where it is needed"
     )
     kt_enable_dynamic_expert_update: bool = flag(False, "move experts between tiers by routing statistics")
-    kt_max_deferred_experts_per_token: int = flag(0, "host experts added one layer later; 0 = none", at_least=0)
+    kt_max_deferred_experts_per_token: int = flag(
+        0, "of a token's host experts, so many are added one layer later; changes results; 0 = none", at_least=0
+    )
     record_kt_gpu_expert_distribution: bool = flag(
         False, "expert-distribution dumps also say which experts the device held, and how often it was asked for them"
     )
@@ -157,11 +162,6 @@ class EngineConfig(Flags):
             )
         if self.kv_cache_dtype == "fp8_e4m3":
             raise ConfigError("--kv-cache-dtype fp8_e4m3 is not built in this version. Use auto or bf16.")
-        if self.kt_max_deferred_experts_per_token:
-            raise ConfigError(
-                f"--kt-max-deferred-experts-per-token {self.kt_max_deferred_experts_per_token}: deferral is not built "
-                "in this version. Use 0."
-            )
         drafting = [f"--{name.replace('_', '-')}" for name in _SPECULATIVE if getattr(self, name) not in (None, "none")]
         if drafting:
             raise ConfigError(f"{drafting[0]}: speculative decoding is not built in this version. Leave it out.")
@@ -211,6 +211,17 @@ class EngineConfig(Flags):
             kv_cache_dtype=self.dtype if kv == "auto" else kv,
         )
         return settled, notes
+
+    @property
+    def moves_experts(self) -> bool:
+        """Whether experts are copied from the host while the model runs, so that the host holds all of them."""
+        return self.kt_enable_dynamic_expert_update or bool(self.kt_gpu_prefill_token_threshold.strip("0"))
+
+    @property
+    def _mover(self) -> str:
+        if self.kt_enable_dynamic_expert_update:
+            return "--kt-enable-dynamic-expert-update"
+        return f"--kt-gpu-prefill-token-threshold {self.kt_gpu_prefill_token_threshold}"
 
     def _settle_method(self, packed_as: str | None, quantised_as: str, notes: list[str]) -> str:
         method = KT_METHODS[self.kt_method]
@@ -279,13 +290,18 @@ class EngineConfig(Flags):
         return threads
 
     def _check_gpu_flags(self, device: str, notes: list[str]) -> None:
-        moves = []
-        if self.kt_gpu_prefill_token_threshold.strip("0"):  # auto, or a number above 0
-            moves.append(f"--kt-gpu-prefill-token-threshold {self.kt_gpu_prefill_token_threshold}")
-        if self.kt_enable_dynamic_expert_update:
-            moves.append("--kt-enable-dynamic-expert-update")
-        why = "both tiers are the same memory" if device == "cpu" else "experts do not move in this version"
-        notes += [f"{name} has no effect here: {why}." for name in moves]
+        if self.moves_experts and self.kt_weight_mode == "mmap":
+            raise ConfigError(
+                f"{self._mover} copies experts from host memory, and --kt-weight-mode mmap leaves them in files. Use "
+                "--kt-weight-mode ram, or leave one of the two out."
+            )
+        if self.kt_enable_dynamic_expert_update and not (self.kt_num_gpu_experts or self.kt_gpu_experts_ratio):
+            raise ConfigError(
+                "--kt-enable-dynamic-expert-update moves experts into the device's slots, and there are none. Give "
+                "--kt-num-gpu-experts or --kt-gpu-experts-ratio."
+            )
+        if device == "cpu" and self.moves_experts:
+            notes.append(f"{self._mover}: both tiers are the same memory here; copying experts gains nothing.")
         if self.attention_backend not in ("auto", "torch"):
             notes.append(f"--attention-backend {self.attention_backend}: attention runs in torch in this version.")
         if self.fp8_gemm_backend != "auto":

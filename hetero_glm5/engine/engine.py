@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,16 +27,21 @@ from hetero_glm5.engine.runner import Runner
 from hetero_glm5.engine.sampler import sample
 from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
+from hetero_glm5.experts.calibrate import costs_here
 from hetero_glm5.experts.counts import RoutingCounts
 from hetero_glm5.experts.cpu_tier import HostPool
-from hetero_glm5.experts.load import load_tiers
+from hetero_glm5.experts.host_stream import HostStream
+from hetero_glm5.experts.load import adapt, divide_prefills, load_tiers, pin
 from hetero_glm5.experts.recording import Recording
 from hetero_glm5.experts.tiers import ExpertTiers
 from hetero_glm5.flags import ConfigError
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.state import Cache, Clocked, activation_bytes, cache_bytes_per_token
 from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.placement.cost import Costs, Curve
+from hetero_glm5.placement.divide import threshold
 from hetero_glm5.placement.memory import Limits, MemoryPlan, Needs, host_experts_fit, plan_memory
+from hetero_glm5.placement.planner import Adaptive
 from hetero_glm5.placement.policy import place, slots
 from hetero_glm5.placement.record import DistributionRecorder
 from hetero_glm5.placement.stats import load_counts
@@ -44,6 +50,8 @@ from hetero_glm5.weights.load import ModelWeights, Report, dense_bytes
 from hetero_glm5.weights.quantize import ExpertLayout
 
 log = logging.getLogger(__name__)
+
+SAME_MEMORY, SAME_CORES = 50e9, 1e12  # bytes/s and FLOP/s: both tiers' on a CPU
 
 
 class Engine:
@@ -197,8 +205,11 @@ class Engine:
             log.info(_where_experts_live(pool, mapped=memory.needs.mapped))
         model = GLM5(model_config, source.getter(dtype, config.device))
         experts = source.experts(layout, mapped=memory.needs.mapped, on_device=on_device)
-        tiers = load_tiers(source, experts, slot_of, device=config.device, pool=pool)
+        tiers = load_tiers(source, experts, slot_of, device=config.device, pool=pool, copies=config.moves_experts)
         tiers.recording = Recording(recorder, RoutingCounts(len(slot_of), slot_of.shape[1], config.device))
+        tiers.deferred = config.kt_max_deferred_experts_per_token
+        if config.moves_experts:
+            _set_up_moves(tiers, config, model_config, _costs(config, layout))
         cache = Cache.allocate(
             model_config, memory.kv_tokens, dtype=getattr(torch, config.kv_cache_dtype), device=config.device
         )
@@ -211,6 +222,30 @@ class Engine:
 def _recorder(config: EngineConfig, model: ModelConfig) -> DistributionRecorder:
     masks = config.expert_distribution_recorder_buffer_size if config.record_kt_gpu_expert_distribution else None
     return DistributionRecorder(model, config.expert_distribution_recorder_dir, masks)
+
+
+def _costs(config: EngineConfig, layout: ExpertLayout) -> Costs:
+    """Of both tiers; on a CPU they are the same, so that whatever moves neither gains nor loses."""
+    if config.device == "cpu":
+        curve = Curve.roofline(SAME_MEMORY, SAME_CORES, layout.bits_per_weight)
+        return Costs(layout.blob_bytes, curve, curve, link=SAME_MEMORY)
+    profile = None if config.kt_profile is None else Path(config.kt_profile)
+    return costs_here(profile, layout, config.kt_cpuinfer)
+
+
+def _set_up_moves(tiers: ExpertTiers, config: EngineConfig, model: ModelConfig, costs: Costs) -> None:
+    pin(tiers)
+    if config.kt_enable_dynamic_expert_update:
+        adapt(tiers, Adaptive(tiers.slot_of.numpy(force=True), costs))
+    flag = config.kt_gpu_prefill_token_threshold
+    if flag == "auto":
+        resident = float((tiers.slot_of >= 0).float().mean())
+        rows = threshold(costs, model.num_experts_per_tok, np.ones(model.n_routed_experts), resident)
+        log.info("--kt-gpu-prefill-token-threshold auto: %s", "never" if rows is None else f"{rows} tokens")
+    else:
+        rows = int(flag) or None
+    if rows is not None:
+        divide_prefills(tiers, rows, costs)
 
 
 def _where_experts_live(pool: HostPool, *, mapped: bool) -> str:
@@ -247,6 +282,7 @@ def _memory(
         activations=activation_bytes(model, getattr(torch, config.dtype), _most_rows(config)),
         kv_token=cache_bytes_per_token(model, getattr(torch, config.kv_cache_dtype)),
         mapped=config.kt_weight_mode == "mmap",
+        pinned=_pinned_bytes(config, model) if gpu else 0,
     )
     limits = Limits(
         device=machine.gpu_free if gpu else machine.ram_available,
@@ -263,6 +299,11 @@ def _memory(
     context = config.context_length or model.max_position_embeddings
     most = -(-context // config.page_size) * config.page_size * config.max_running_requests
     return plan_memory(needs, limits, wanted_tokens=config.max_total_tokens, most_tokens=most, page=config.page_size)
+
+
+def _pinned_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    itemsize = getattr(torch, config.dtype).itemsize
+    return HostStream.pinned_bytes(_most_rows(config), model.hidden_size, model.num_experts_per_tok, itemsize)
 
 
 def _most_rows(config: EngineConfig) -> int:

@@ -1,4 +1,4 @@
-"""`hetero-glm5 bench quality` from end to end on a tiny random model, and its JSON."""
+"""`hetero-glm5 bench quality` from end to end on a tiny random model, and its JSON; what `bench machine` shows."""
 
 import json
 import math
@@ -9,9 +9,12 @@ from tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
 from hetero_glm5 import model_config
-from hetero_glm5.cli import app
+from hetero_glm5.cli import app, bench
+from hetero_glm5.placement.cost import Curve
+from hetero_glm5.placement.profile import Profile
 from hetero_glm5.quality import answers, report, texts
 from hetero_glm5.quality.routing import SHARES
+from hetero_glm5.weights.quantize import ExpertLayout
 
 KINDS = ("sums", "stories")  # documents of the others are long
 
@@ -27,8 +30,8 @@ def small(monkeypatch):
     monkeypatch.setattr(texts, "LOOKED", 1)
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, ["bench", "quality", *map(str, arguments)], env={"COLUMNS": "200"})
+def run(*arguments, command="quality", code=0):
+    result = CliRunner().invoke(app, ["bench", command, *map(str, arguments)], env={"COLUMNS": "200"})
     assert result.exit_code == code, result.output
     return result
 
@@ -118,3 +121,31 @@ def test_errors_are_one_sentence(tmp_path, monkeypatch, flags, sentence):
     monkeypatch.setattr(model_config, "DEMO_FOLDER", tmp_path)
     output = run(*flags, code=1).stderr
     assert output.splitlines()[-1].startswith(sentence) and "Traceback" not in output
+
+
+def test_the_machine(tmp_path, monkeypatch):
+    curve = Curve((1.0, 32.0, 512.0), (2e-12, 4e-12, 50e-12))
+    asked = []
+
+    def measured(methods, *, threads, seconds, tell):
+        asked.append((methods, threads, seconds))
+        tell("INT4 on the host")
+        return Profile("a processor", "avx512", 16, None, {"torch": "2"}, dict.fromkeys(methods, curve), {}, None, 3e-5)
+
+    monkeypatch.setattr(bench, "calibrate", measured)
+    file = tmp_path / "machine.json"
+    result = run("--methods", "amxint4,FP8", "--seconds", 5, "--threads", 16, "--out", file, command="machine")
+    assert asked == [(("INT4", "FP8"), 16, 5.0)] and list(Profile.load(file).host) == ["INT4", "FP8"]
+    assert "INT4 on the host" in result.stderr
+    ms = 1e3 * ExpertLayout("INT4", 6144, 2048).blob_bytes * curve.seconds[0]
+    assert re.search(rf"INT4 +{ms:.2f} +500\.0 +\d+\n", result.stdout), result.stdout
+    for words in ("host: a processor", "no CUDA device here", "avx512, 16 threads, 30 µs"):
+        assert words in result.stdout, words
+
+
+def test_the_machine_errors_are_one_sentence():
+    for flags, sentence in (
+        (["--methods", "INT5"], "error: --kt-method is 'INT5'"),
+        (["--out", "no/such/folder/out.json"], "error: --out no/such/folder/out.json: "),
+    ):
+        assert run(*flags, command="machine", code=1).stderr.startswith(sentence)
