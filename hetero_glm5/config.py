@@ -92,7 +92,16 @@ class EngineConfig(Flags):
     kt_max_deferred_experts_per_token: int = flag(
         0, "of a token's host experts, so many are added one layer later; changes results; 0 = none", at_least=0
     )
-    record_kt_gpu_expert_distribution: bool = flag(False, "record which experts the device tier holds")
+    record_kt_gpu_expert_distribution: bool = flag(
+        False, "expert-distribution dumps also say which experts the device held, and how often it was asked for them"
+    )
+    expert_distribution_recorder_dir: str = flag(".", "folder for what POST /dump_expert_distribution_record writes")
+    expert_distribution_recorder_mode: str = flag(
+        "stat", "what is recorded: stat = counts; for each token's experts: hetero-glm5 trace record", choices=("stat",)
+    )
+    expert_distribution_recorder_buffer_size: int = flag(
+        1000, "steps, the newest, of which a dump says which experts the device held; -1 = all", at_least=-1
+    )
 
     max_total_tokens: int | None = flag(None, "tokens in the KV pool; default: what memory allows", at_least=1)
     context_length: int | None = flag(
@@ -141,6 +150,8 @@ class EngineConfig(Flags):
                 "--init-expert-location has no effect with --kt-expert-placement-strategy "
                 f"{self.kt_expert_placement_strategy}: use frequency or leave it out."
             )
+        if self.expert_distribution_recorder_buffer_size == 0:
+            raise ConfigError("--expert-distribution-recorder-buffer-size is 0; it must be at least 1, or -1 for all.")
         self._refuse_unbuilt()
 
     def _refuse_unbuilt(self) -> None:
@@ -151,8 +162,6 @@ class EngineConfig(Flags):
             )
         if self.kv_cache_dtype == "fp8_e4m3":
             raise ConfigError("--kv-cache-dtype fp8_e4m3 is not built in this version. Use auto or bf16.")
-        if self.record_kt_gpu_expert_distribution:
-            raise ConfigError("--record-kt-gpu-expert-distribution is not built in this version. Leave it out.")
         drafting = [f"--{name.replace('_', '-')}" for name in _SPECULATIVE if getattr(self, name) not in (None, "none")]
         if drafting:
             raise ConfigError(f"{drafting[0]}: speculative decoding is not built in this version. Leave it out.")

@@ -28,10 +28,12 @@ from hetero_glm5.engine.sampler import sample
 from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
 from hetero_glm5.experts.calibrate import costs_here
+from hetero_glm5.experts.counts import RoutingCounts
 from hetero_glm5.experts.cpu_tier import HostPool
 from hetero_glm5.experts.divided import STAGES
 from hetero_glm5.experts.host_stream import HostStream
 from hetero_glm5.experts.load import adapt, divide_prefills, load_tiers, pin
+from hetero_glm5.experts.recording import Recording
 from hetero_glm5.experts.tiers import ExpertTiers
 from hetero_glm5.flags import ConfigError
 from hetero_glm5.model.glm5 import GLM5
@@ -42,6 +44,7 @@ from hetero_glm5.placement.divide import threshold
 from hetero_glm5.placement.memory import Limits, MemoryPlan, Needs, host_experts_fit, plan_memory
 from hetero_glm5.placement.planner import Adaptive
 from hetero_glm5.placement.policy import place, slots
+from hetero_glm5.placement.record import DistributionRecorder
 from hetero_glm5.placement.stats import load_counts
 from hetero_glm5.weights.expert_store import ExpertStore, is_store
 from hetero_glm5.weights.load import ModelWeights, Report, dense_bytes
@@ -55,9 +58,18 @@ SAME_MEMORY, SAME_CORES = 50e9, 1e12  # bytes/s and FLOP/s: both tiers' on a CPU
 class Engine:
     """Made by Engine.load. `clock` may be set to a core.Clock to measure the parts of each step."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, scheduler: Scheduler, tiers: ExpertTiers, pool: HostPool):
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        scheduler: Scheduler,
+        tiers: ExpertTiers,
+        pool: HostPool,
+        recorder: DistributionRecorder,
+    ):
         self.config, self.runner, self.scheduler, self.tiers, self.pool = config, runner, scheduler, tiers, pool
         self.model_config: ModelConfig = runner.model.config
+        self.recorder = recorder
         self.clock: Clocked = no_clock
         self.batch = Batch([])  # what the latest step computed, or failed to
 
@@ -177,6 +189,7 @@ class Engine:
         tokenizer: Detokenizer | None,
     ) -> Engine:
         model_config, dtype = source.config, getattr(torch, config.dtype)
+        recorder = _recorder(config, model_config)
         slot_of = _placement(config, model_config)
         on_device = int(slot_of.max()) + 1
         memory = _memory(config, source, layout, machine, on_device)
@@ -194,6 +207,7 @@ class Engine:
         model = GLM5(model_config, source.getter(dtype, config.device))
         experts = source.experts(layout, mapped=memory.needs.mapped, on_device=on_device)
         tiers = load_tiers(source, experts, slot_of, device=config.device, pool=pool, copies=config.moves_experts)
+        tiers.recording = Recording(recorder, RoutingCounts(len(slot_of), slot_of.shape[1], config.device))
         tiers.deferred = config.kt_max_deferred_experts_per_token
         if config.moves_experts:
             _set_up_moves(tiers, config, model_config, _costs(config, layout))
@@ -203,7 +217,12 @@ class Engine:
         pages = PagePool(memory.kv_tokens // config.page_size, config.page_size)
         stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
         runner = Runner(model, tiers, cache, config.page_size)
-        return cls(config, runner, Scheduler(config, pages, stopping), tiers, pool)
+        return cls(config, runner, Scheduler(config, pages, stopping), tiers, pool, recorder)
+
+
+def _recorder(config: EngineConfig, model: ModelConfig) -> DistributionRecorder:
+    masks = config.expert_distribution_recorder_buffer_size if config.record_kt_gpu_expert_distribution else None
+    return DistributionRecorder(model, config.expert_distribution_recorder_dir, masks)
 
 
 def _costs(config: EngineConfig, layout: ExpertLayout) -> Costs:
@@ -248,7 +267,7 @@ def _placement(config: EngineConfig, model: ModelConfig) -> np.ndarray:
         budget = int(config.kt_gpu_experts_ratio * layers * experts)
     counts = None
     if config.init_expert_location is not None:
-        counts = load_counts(config.init_expert_location, model.moe_layers, model.num_hidden_layers, experts)
+        counts = load_counts(config.init_expert_location, model)
     return slots(place(config.kt_expert_placement_strategy, layers, experts, budget, counts))
 
 

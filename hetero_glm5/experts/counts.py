@@ -1,8 +1,8 @@
 """How often each expert is chosen, counted on the device: decode rows and prefill rows apart.
 
-A counter is an int64 of two halves, each an int32 count: a prefill row adds 1, a decode row 2^32, so one scatter-add for
-each layer counts both. `put_` reads index -1 as the last counter; a layer has one counter more than experts, so that
-ids of -1 need no mask. A half overflows at 2^31 selections of an expert in one step.
+A counter is an int64 of two halves, each an int32 count: a prefill row adds 1, a decode row 2^32, so that one
+scatter-add for each layer counts both. `put_` reads index -1 as the last counter; a layer has one counter more than
+experts, so that ids of -1 need no mask. A half overflows at 2^31 selections of an expert in one step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class RoutingCounts:
     take() gives the steps' counts, the oldest first. For one thread."""
 
     def __init__(self, layers: int, experts: int, device: str | torch.device):
-        self.device = torch.device(device)
+        self.shape, self.device = (layers, experts), torch.device(device)
         self._counters = torch.zeros(layers, experts + 1, dtype=torch.int64, device=device)
         self._units = self._counters.new_empty(0, 1)
         self._drained: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()

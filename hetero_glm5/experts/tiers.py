@@ -21,6 +21,7 @@ from hetero_glm5.experts.cpu_tier import CpuExperts
 from hetero_glm5.experts.divided import DividedPrefill
 from hetero_glm5.experts.gpu_tier import GpuExperts
 from hetero_glm5.experts.host_stream import DeviceStream
+from hetero_glm5.experts.recording import Recording
 
 Join = Callable[[], Tensor]  # → fp32 [T, hidden]
 
@@ -28,9 +29,9 @@ Join = Callable[[], Tensor]  # → fp32 [T, hidden]
 class ExpertTiers:
     """layers: the model's numbers of the MoE layers; all arrays count these from 0. host: by the model's number, for
     layers with experts on the host. slot_of int [layers, experts]. stream: gives a device's stream to put the host part
-    on, None = run it at once. Attributes to set: what makes experts move, what divides long prefills, and `deferred`:
-    of a token's experts on the host, so many, those with the smallest weights, are added one MoE layer later (those of
-    the last layer never)."""
+    on, None = run it at once. Attributes to set: what records routing, what makes experts move, what divides long
+    prefills, and `deferred`: of a token's experts on the host, so many, those with the smallest weights, are added one
+    MoE layer later (those of the last layer never)."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class ExpertTiers:
         stream: Callable[[torch.device], DeviceStream] | None,
     ):
         self.host, self.device, self.stream = host, device, stream
+        self.recording: Recording | None = None
         self.adaptation: Adaptation | None = None
         self.divided: DividedPrefill | None = None
         self.deferred = 0
@@ -53,11 +55,15 @@ class ExpertTiers:
     def begin_step(self, decoded: Tensor) -> None:
         """decoded bool [T], on the CPU: which rows of the step are decoded, not prefilled."""
         self._late = None
+        if self.recording is not None:
+            self.recording.begin(decoded)
         if self.adaptation is not None:
             self.adaptation.begin(decoded)
 
     def end_step(self) -> None:
         """After the step's last kernel was waited for: experts move between steps."""
+        if self.recording is not None:
+            self.recording.end()
         if self.adaptation is not None:
             self.adaptation.end()
             self._publish(self.adaptation.slot_of)
@@ -66,6 +72,8 @@ class ExpertTiers:
         """x [T, hidden], ids int64 [T, k], weights fp32 [T, k]. Returns join() → Σ_k w·E_k(x), fp32 [T, hidden]."""
         index = self._index[layer]
         late, self._late = self._late, None
+        if self.recording is not None:
+            self.recording.routed(index, ids, self._slot_of[index] >= 0)
         if self.adaptation is not None:
             self.adaptation.routed(index, ids)
         if self.divided is not None and len(x) >= self.divided.threshold:
