@@ -246,6 +246,11 @@ def _set_up_moves(tiers: ExpertTiers, config: EngineConfig, model: ModelConfig, 
     else:
         rows = int(flag) or None
     if rows is not None:
+        if rows > _most_rows(config):
+            log.warning(
+                "--kt-gpu-prefill-token-threshold %s: no step has %d tokens, so none is divided; raise "
+                "--chunked-prefill-size %d", flag, rows, config.chunked_prefill_size,
+            )  # fmt: skip
         divide_prefills(tiers, rows, costs)
 
 

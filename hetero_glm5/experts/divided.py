@@ -43,50 +43,51 @@ class DividedPrefill:
     ):
         self.threshold, self.experts, self.tier, self.copies, self.costs = threshold, experts, tier, copies, costs
         self.staging = torch.empty((STAGES, tier.layout.blob_bytes), dtype=torch.uint8, device=tier.slots.device)
-        self._staged: deque[Staged] = deque()  # for layer _next, before it is asked for
-        self._next = 0
+        self._next = 0  # the layer that what follows is for
+        self._staged: deque[Staged] = deque()
+        self._todo: deque[int] = deque()  # experts to copy
+        self._free = list(range(STAGES))  # slots
         self._began: dict[int, list[int]] = {}  # by layer: with which experts, in the latest chunk
 
-    def divide(self, layer: int, ids: np.ndarray, slot_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ids [T, k] of the layer's rows, on the host; slot_of [E], -1 = host. Returns the experts to copy to the
-        device, in order, and bool [E]: those that the host computes."""
+    def begin(self, layer: int, ids: np.ndarray, slot_of: np.ndarray) -> np.ndarray:
+        """Divides a layer and asks for the first copies. ids [T, k] of its rows, on the host; slot_of [E], -1 = host.
+        Returns bool [E]: the experts that the host is to compute."""
         tokens = np.bincount(ids.reshape(-1), minlength=len(slot_of))
         useful = [s for s in self._staged if layer == self._next and tokens[s.expert] and slot_of[s.expert] < 0]
-        self._staged, self._next = deque(useful), layer
         here = slot_of.copy()
         here[[staged.expert for staged in useful]] = 0
         streamed = divide(tokens, here, self.costs).streamed
+        self._next, self._staged, self._todo = layer, deque(useful), deque(streamed.tolist())
+        self._free = sorted(set(range(STAGES)) - {staged.slot for staged in useful})
+        self._fill()
+        self._began[layer] = [staged.expert for staged in self._staged]
         on_host = here < 0
         on_host[streamed] = False
-        return streamed, on_host
+        return on_host
 
-    def compute(self, layer: int, streamed: np.ndarray, x: Tensor, ids: np.ndarray, weights: Tensor) -> Tensor:
-        """After divide(): the part of the sum that the streamed and the staged experts have, fp32 [T, hidden]; weights
-        fp32 [T, k] on the device."""
+    def compute(self, layer: int, x: Tensor, ids: np.ndarray, weights: Tensor) -> Tensor:
+        """After begin(): the part of the sum that the copied experts have, fp32 [T, hidden]; weights fp32 [T, k] on the
+        device."""
         y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         flat = ids.reshape(-1)
         places = torch.from_numpy(np.argsort(flat, kind="stable")).to(x.device)
         ends = np.cumsum(np.bincount(flat, minlength=self.experts[layer].num_experts))
-        ready, self._staged = self._staged, deque()
-        todo, free = deque(streamed.tolist()), sorted(set(range(STAGES)) - {staged.slot for staged in ready})
-        self._began[layer] = [staged.expert for staged in ready] + streamed[:STAGES].tolist()
-        while ready or todo:
-            while free and todo:
-                ready.append(self._stage(layer, todo.popleft(), free.pop(0)))
-            staged = ready.popleft()
+        while self._staged:
+            staged = self._staged.popleft()
             staged.mark.hold()
             mine = places[ends[staged.expert - 1] if staged.expert else 0 : ends[staged.expert]]
             self.tier.add(y, x, weights, mine, self.staging[staged.slot])
-            free.append(staged.slot)
-        self._look_ahead((layer + 1) % len(self.experts))
+            self._free.append(staged.slot)
+            self._fill()
+        self._next = (layer + 1) % len(self.experts)
+        self._todo = deque(self._began.get(self._next, []))
+        self._fill()
         return y
 
-    def _stage(self, layer: int, expert: int, slot: int) -> Staged:
-        self.copies.after_compute()
-        copy_expert(self.experts[layer], expert, self.staging[slot], self.copies)
-        return Staged(expert, slot, self.copies.mark())
-
-    def _look_ahead(self, layer: int) -> None:
-        self._next = layer
-        for slot, expert in enumerate(self._began.get(layer, [])[:STAGES]):
-            self._staged.append(self._stage(layer, expert, slot))
+    def _fill(self) -> None:
+        """Copies to the slots that are free, once what the device was asked to compute from them is done."""
+        while self._free and self._todo:
+            expert, slot = self._todo.popleft(), self._free.pop(0)
+            self.copies.after_compute()
+            copy_expert(self.experts[self._next], expert, self.staging[slot], self.copies)
+            self._staged.append(Staged(expert, slot, self.copies.mark()))

@@ -109,15 +109,17 @@ class ExpertTiers:
         """The layer of a long prefill, in which nothing is deferred."""
         index, parts = self._index[layer], []
         host_ids = ids.cpu().numpy()  # waits for the router
-        streamed, on_host = divided.divide(index, host_ids, self._slot_of[index])
+        on_host = divided.begin(index, host_ids, self._slot_of[index])
         if on_host.any():
             elsewhere = torch.from_numpy(~on_host).to(ids.device)[ids]
             with clock("host_experts"):
                 parts.append(self._start_host(layer, x, ids.masked_fill(elsewhere, -1), weights))
+        if (self._slot_of[index] >= 0).any():
+            with clock("device_experts"):
+                resident = self.device(x, self.slot_of[index][ids], weights)
+            parts.append(lambda: resident)
         with clock("device_experts"):
-            y = divided.compute(index, streamed, x, host_ids, weights)
-            if (self._slot_of[index] >= 0).any():
-                y += self.device(x, self.slot_of[index][ids], weights)
+            y = divided.compute(index, x, host_ids, weights)
         parts.append(lambda: y)
         return parts
 
