@@ -83,11 +83,25 @@ class EngineConfig(Flags):
         None, "routing counts for --kt-expert-placement-strategy frequency (.safetensors or .pt with logical_count)"
     )
     kt_gpu_prefill_token_threshold: str = flag(
-        "0", "tokens from which a prefill streams experts to the GPU: a number, auto, or 0 = never"
+        "0", "tokens of a step from which it streams experts to the device: a number, auto = measured, 0 = never"
+    )
+    kt_profile: str | None = flag(
+        None, "what hetero-glm5 bench machine wrote about this machine; default: measured at start, where it is needed"
     )
     kt_enable_dynamic_expert_update: bool = flag(False, "move experts between tiers by routing statistics")
-    kt_max_deferred_experts_per_token: int = flag(0, "host experts added one layer later; 0 = none", at_least=0)
-    record_kt_gpu_expert_distribution: bool = flag(False, "record which experts the device tier holds")
+    kt_max_deferred_experts_per_token: int = flag(
+        0, "of a token's host experts, so many are added one layer later; changes results; 0 = none", at_least=0
+    )
+    record_kt_gpu_expert_distribution: bool = flag(
+        False, "expert-distribution dumps also say which experts the device held, and how often it was asked for them"
+    )
+    expert_distribution_recorder_dir: str = flag(".", "folder for what POST /dump_expert_distribution_record writes")
+    expert_distribution_recorder_mode: str = flag(
+        "stat", "what is recorded: stat = counts; for each token's experts: hetero-glm5 trace record", choices=("stat",)
+    )
+    expert_distribution_recorder_buffer_size: int = flag(
+        1000, "steps, the newest, of which a dump says which experts the device held; -1 = all", at_least=-1
+    )
 
     max_total_tokens: int | None = flag(None, "tokens in the KV pool; default: what memory allows", at_least=1)
     context_length: int | None = flag(
@@ -136,6 +150,8 @@ class EngineConfig(Flags):
                 "--init-expert-location has no effect with --kt-expert-placement-strategy "
                 f"{self.kt_expert_placement_strategy}: use frequency or leave it out."
             )
+        if self.expert_distribution_recorder_buffer_size == 0:
+            raise ConfigError("--expert-distribution-recorder-buffer-size is 0; it must be at least 1, or -1 for all.")
         self._refuse_unbuilt()
 
     def _refuse_unbuilt(self) -> None:
@@ -146,13 +162,6 @@ class EngineConfig(Flags):
             )
         if self.kv_cache_dtype == "fp8_e4m3":
             raise ConfigError("--kv-cache-dtype fp8_e4m3 is not built in this version. Use auto or bf16.")
-        if self.kt_max_deferred_experts_per_token:
-            raise ConfigError(
-                f"--kt-max-deferred-experts-per-token {self.kt_max_deferred_experts_per_token}: deferral is not built "
-                "in this version. Use 0."
-            )
-        if self.record_kt_gpu_expert_distribution:
-            raise ConfigError("--record-kt-gpu-expert-distribution is not built in this version. Leave it out.")
         drafting = [f"--{name.replace('_', '-')}" for name in _SPECULATIVE if getattr(self, name) not in (None, "none")]
         if drafting:
             raise ConfigError(f"{drafting[0]}: speculative decoding is not built in this version. Leave it out.")
@@ -202,6 +211,21 @@ class EngineConfig(Flags):
             kv_cache_dtype=self.dtype if kv == "auto" else kv,
         )
         return settled, notes
+
+    @property
+    def divides_prefills(self) -> bool:
+        return bool(self.kt_gpu_prefill_token_threshold.strip("0"))
+
+    @property
+    def moves_experts(self) -> bool:
+        """Whether experts are copied from the host while the model runs, so that the host holds all of them."""
+        return bool(self._movers)
+
+    @property
+    def _movers(self) -> list[str]:
+        prefill = f"--kt-gpu-prefill-token-threshold {self.kt_gpu_prefill_token_threshold}"
+        update = "--kt-enable-dynamic-expert-update"
+        return [prefill] * self.divides_prefills + [update] * self.kt_enable_dynamic_expert_update
 
     def _settle_method(self, packed_as: str | None, quantised_as: str, notes: list[str]) -> str:
         method = KT_METHODS[self.kt_method]
@@ -270,13 +294,18 @@ class EngineConfig(Flags):
         return threads
 
     def _check_gpu_flags(self, device: str, notes: list[str]) -> None:
-        moves = []
-        if self.kt_gpu_prefill_token_threshold.strip("0"):  # auto, or a number above 0
-            moves.append(f"--kt-gpu-prefill-token-threshold {self.kt_gpu_prefill_token_threshold}")
-        if self.kt_enable_dynamic_expert_update:
-            moves.append("--kt-enable-dynamic-expert-update")
-        why = "both tiers are the same memory" if device == "cpu" else "experts do not move in this version"
-        notes += [f"{name} has no effect here: {why}." for name in moves]
+        if self._movers and self.kt_weight_mode == "mmap":
+            raise ConfigError(
+                f"{self._movers[0]} copies experts from host memory, and --kt-weight-mode mmap leaves them in files. "
+                "Use --kt-weight-mode ram, or leave one of the two out."
+            )
+        if self.kt_enable_dynamic_expert_update and not (self.kt_num_gpu_experts or self.kt_gpu_experts_ratio):
+            raise ConfigError(
+                "--kt-enable-dynamic-expert-update moves experts into the device's slots, and there are none. Give "
+                "--kt-num-gpu-experts or --kt-gpu-experts-ratio."
+            )
+        if device == "cpu":
+            notes += [f"{flag} gains nothing here: both tiers are the same memory." for flag in self._movers]
         if self.attention_backend not in ("auto", "torch"):
             notes.append(f"--attention-backend {self.attention_backend}: attention runs in torch in this version.")
         if self.fp8_gemm_backend != "auto":

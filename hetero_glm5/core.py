@@ -142,6 +142,11 @@ class Chunk:
         return self.seq.num_computed
 
     @property
+    def decodes(self) -> bool:
+        """Whether it is the one token that was drawn last; else it is part of a prefill."""
+        return self.seq.decoding
+
+    @property
     def samples(self) -> bool:
         """Whether the chunk reaches the sequence's last token, so that a new one is drawn from its logits."""
         return self.count == self.seq.num_pending

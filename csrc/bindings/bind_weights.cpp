@@ -99,6 +99,20 @@ py::array blob_view(const py::object& self, int expert) {
   return py::array_t<uint8_t>({weights.layout().blob_bytes}, weights.blob(expert), self);
 }
 
+py::list pieces(const py::object& self, int expert) {
+  py::list found;
+  for (const Piece& piece : self.cast<const ExpertWeights&>().pieces(expert))
+    if (piece.bytes > 0) found.append(py::make_tuple(piece.offset, py::array_t<uint8_t>({piece.bytes}, piece.memory, self)));
+  return found;
+}
+
+py::list memory(const py::object& self) {
+  py::list found;
+  for (const Shard& shard : self.cast<const ExpertWeights&>().shards())
+    if (shard.memory.bytes() > 0) found.append(py::array_t<uint8_t>({shard.memory.bytes()}, shard.memory.data(), self));
+  return found;
+}
+
 void write_expert(const ExpertWeights& weights, int expert, const py::array& blob) {
   check_array<uint8_t>("blob", blob, {weights.layout().blob_bytes});
   const auto* from = static_cast<const uint8_t*>(blob.data());
@@ -166,6 +180,8 @@ void bind_weights(py::module_& m) {
       .def_property_readonly("resident", &resident_ids)
       .def_property_readonly("shards", [](const ExpertWeights& w) { return w.shards().size(); })
       .def("blob", &blob_view, "The memory of an expert that is not divided.")
+      .def("pieces", &pieces, "[(offset in the blob, the memory)] of an expert, whether or not it is divided.")
+      .def_property_readonly("memory", &memory, "All of it, one array for each shard.")
       .def("write", &write_expert, py::arg("expert"), py::arg("blob"))
       .def("read", &read_expert, py::arg("expert"), py::arg("blob"))
       .def("map", &map_blob, py::arg("expert"), py::arg("file"), py::arg("offset"),

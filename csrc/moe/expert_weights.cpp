@@ -54,24 +54,27 @@ void ExpertWeights::check_resident(int expert) const {
   CHECK(expert >= 0 && expert < experts() && resident_[expert], "expert ", expert, " of ", experts(), " is not resident here");
 }
 
-template <class Copy> void ExpertWeights::for_each_range(int expert, Copy&& copy) const {
+std::vector<Piece> ExpertWeights::pieces(int expert) const {
   check_resident(expert);
+  if (shards_.size() == 1) return {{start(shards_.front(), expert), 0, layout_.blob_bytes}};
   const int64_t pair = layout_.tile_stride(Layout::kGate), down = layout_.tile_stride(Layout::kDown);
+  std::vector<Piece> found;
   for (const Shard& shard : shards_) {
     uint8_t* memory = start(shard, expert);
-    copy(memory, shard.pairs.begin * pair, shard.down_offset);
-    copy(memory + shard.down_offset, layout_.down_offset + shard.down.begin * down, shard.down.size() * down);
-    copy(memory + shard.scales_offset, layout_.scales_offset, layout_.scales_bytes);
+    found.push_back({memory, shard.pairs.begin * pair, shard.down_offset});
+    found.push_back({memory + shard.down_offset, layout_.down_offset + shard.down.begin * down, shard.down.size() * down});
+    found.push_back({memory + shard.scales_offset, layout_.scales_offset, layout_.scales_bytes});
   }
+  return found;
 }
 
 void ExpertWeights::write(int expert, const uint8_t* blob) const {
-  for_each_range(expert, [&](uint8_t* memory, int64_t offset, int64_t bytes) { std::memcpy(memory, blob + offset, bytes); });
+  for (const Piece& piece : pieces(expert)) std::memcpy(piece.memory, blob + piece.offset, piece.bytes);
 }
 
 void ExpertWeights::read(int expert, uint8_t* blob) const {
   std::memset(blob + layout_.blob_bytes - kBlobAlign, 0, kBlobAlign);  // the padding lies there
-  for_each_range(expert, [&](uint8_t* memory, int64_t offset, int64_t bytes) { std::memcpy(blob + offset, memory, bytes); });
+  for (const Piece& piece : pieces(expert)) std::memcpy(blob + piece.offset, piece.memory, piece.bytes);
 }
 
 uint8_t* ExpertWeights::blob(int expert) const {

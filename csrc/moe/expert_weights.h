@@ -27,6 +27,12 @@ struct Shard {
   Arena memory;
 };
 
+// Bytes of an expert as they lie here, and where in its blob they belong.
+struct Piece {
+  uint8_t* memory;
+  int64_t offset, bytes;
+};
+
 class ExpertWeights {
  public:
   // resident: ids in [0, experts), each once. nodes: one shard on each; none = one shard, its pages dealt out to all nodes.
@@ -51,7 +57,10 @@ class ExpertWeights {
     return layout_.scales_bytes == 0 ? nullptr : reinterpret_cast<const uint16_t*>(start(shard, expert) + shard.scales_offset);
   }
 
-  // Copies a whole expert; these and blob() throw if it is not resident.
+  // What makes up the blob: a single piece if the expert is not divided. Throws if it is not resident, as what follows does.
+  std::vector<Piece> pieces(int expert) const;
+
+  // Copies a whole expert.
   void write(int expert, const uint8_t* blob) const;
   void read(int expert, uint8_t* blob) const;
   uint8_t* blob(int expert) const;  // the memory itself; throws if it is divided
@@ -59,8 +68,6 @@ class ExpertWeights {
  private:
   uint8_t* start(const Shard& shard, int expert) const { return shard.memory.data() + slot_[expert] * shard.bytes; }
   void check_resident(int expert) const;
-  // copy(memory, offset in the blob, bytes) for each range of the expert's tiles
-  template <class Copy> void for_each_range(int expert, Copy&& copy) const;
 
   ExpertLayout layout_;
   std::vector<int> slot_;  // -1 = not resident

@@ -15,6 +15,12 @@ def context_slots(seq: Sequence, length: int, page_size: int) -> np.ndarray:
     return (pages[:, None] * page_size + np.arange(page_size)).reshape(-1)[:length]
 
 
+def decoded_rows(batch: Batch) -> torch.Tensor:
+    """bool [T], on the CPU: which of the batch's rows are decoded, not prefilled."""
+    counts = torch.tensor([chunk.count for chunk in batch.chunks])
+    return torch.tensor([chunk.decodes for chunk in batch.chunks]).repeat_interleave(counts)
+
+
 def to_rows(batch: Batch, page_size: int, device: str, clock: Clocked) -> Rows:
     token_ids: list[int] = []
     positions, slots, segments = [], [], []

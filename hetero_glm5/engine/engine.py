@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,19 +21,30 @@ from hetero_glm5.core import (
     UserError,
     no_clock,
 )
+from hetero_glm5.engine.batch import decoded_rows
 from hetero_glm5.engine.kv_cache import PagePool
 from hetero_glm5.engine.runner import Runner
 from hetero_glm5.engine.sampler import sample
 from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
+from hetero_glm5.experts.calibrate import costs_here
+from hetero_glm5.experts.counts import RoutingCounts
 from hetero_glm5.experts.cpu_tier import HostPool
-from hetero_glm5.experts.tiers import load_tiers
+from hetero_glm5.experts.divided import STAGES
+from hetero_glm5.experts.host_stream import HostStream
+from hetero_glm5.experts.load import adapt, divide_prefills, load_tiers, pin
+from hetero_glm5.experts.recording import Recording
+from hetero_glm5.experts.tiers import ExpertTiers
 from hetero_glm5.flags import ConfigError
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.state import Cache, Clocked, activation_bytes, cache_bytes_per_token
 from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.placement.cost import Costs, Curve
+from hetero_glm5.placement.divide import threshold
 from hetero_glm5.placement.memory import Limits, MemoryPlan, Needs, host_experts_fit, plan_memory
+from hetero_glm5.placement.planner import Adaptive
 from hetero_glm5.placement.policy import place, slots
+from hetero_glm5.placement.record import DistributionRecorder
 from hetero_glm5.placement.stats import load_counts
 from hetero_glm5.weights.expert_store import ExpertStore, is_store
 from hetero_glm5.weights.load import ModelWeights, Report, dense_bytes
@@ -40,13 +52,24 @@ from hetero_glm5.weights.quantize import ExpertLayout
 
 log = logging.getLogger(__name__)
 
+SAME_MEMORY, SAME_CORES = 50e9, 1e12  # bytes/s and FLOP/s: both tiers' on a CPU
+
 
 class Engine:
     """Made by Engine.load. `clock` may be set to a core.Clock to measure the parts of each step."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, scheduler: Scheduler, pool: HostPool):
-        self.config, self.runner, self.scheduler, self.pool = config, runner, scheduler, pool
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        scheduler: Scheduler,
+        tiers: ExpertTiers,
+        pool: HostPool,
+        recorder: DistributionRecorder,
+    ):
+        self.config, self.runner, self.scheduler, self.tiers, self.pool = config, runner, scheduler, tiers, pool
         self.model_config: ModelConfig = runner.model.config
+        self.recorder = recorder
         self.clock: Clocked = no_clock
         self.batch = Batch([])  # what the latest step computed, or failed to
 
@@ -56,10 +79,12 @@ class Engine:
         batch = self.batch = self.scheduler.schedule()
         if not batch:
             return []
+        self.tiers.begin_step(decoded_rows(batch))
         logits = self.runner.forward(batch, self.clock)
         with self.clock("sampling"):
             tokens = sample(logits, batch, self.model_config.eos_token_ids)  # waits for the device
         self.pool.check()
+        self.tiers.end_step()
         return self.scheduler.commit(batch, tokens)
 
     def fail_step(self, message: str) -> list[TokenEvent]:
@@ -164,6 +189,7 @@ class Engine:
         tokenizer: Detokenizer | None,
     ) -> Engine:
         model_config, dtype = source.config, getattr(torch, config.dtype)
+        recorder = _recorder(config, model_config)
         slot_of = _placement(config, model_config)
         on_device = int(slot_of.max()) + 1
         memory = _memory(config, source, layout, machine, on_device)
@@ -180,14 +206,52 @@ class Engine:
             log.info(_where_experts_live(pool, mapped=memory.needs.mapped))
         model = GLM5(model_config, source.getter(dtype, config.device))
         experts = source.experts(layout, mapped=memory.needs.mapped, on_device=on_device)
-        tiers = load_tiers(source, experts, slot_of, device=config.device, pool=pool)
+        tiers = load_tiers(source, experts, slot_of, device=config.device, pool=pool, copies=config.moves_experts)
+        tiers.recording = Recording(recorder, RoutingCounts(len(slot_of), slot_of.shape[1], config.device))
+        tiers.deferred = config.kt_max_deferred_experts_per_token
+        if config.moves_experts:
+            _set_up_moves(tiers, config, model_config, _costs(config, layout))
         cache = Cache.allocate(
             model_config, memory.kv_tokens, dtype=getattr(torch, config.kv_cache_dtype), device=config.device
         )
         pages = PagePool(memory.kv_tokens // config.page_size, config.page_size)
         stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
         runner = Runner(model, tiers, cache, config.page_size)
-        return cls(config, runner, Scheduler(config, pages, stopping), pool)
+        return cls(config, runner, Scheduler(config, pages, stopping), tiers, pool, recorder)
+
+
+def _recorder(config: EngineConfig, model: ModelConfig) -> DistributionRecorder:
+    masks = config.expert_distribution_recorder_buffer_size if config.record_kt_gpu_expert_distribution else None
+    return DistributionRecorder(model, config.expert_distribution_recorder_dir, masks)
+
+
+def _costs(config: EngineConfig, layout: ExpertLayout) -> Costs:
+    """Of both tiers; on a CPU they are the same, so that whatever moves neither gains nor loses."""
+    if config.device == "cpu":
+        curve = Curve.roofline(SAME_MEMORY, SAME_CORES, layout.bits_per_weight)
+        return Costs(layout.blob_bytes, curve, curve, link=SAME_MEMORY)
+    profile = None if config.kt_profile is None else Path(config.kt_profile)
+    return costs_here(profile, layout, config.kt_cpuinfer)
+
+
+def _set_up_moves(tiers: ExpertTiers, config: EngineConfig, model: ModelConfig, costs: Costs) -> None:
+    pin(tiers)
+    if config.kt_enable_dynamic_expert_update:
+        adapt(tiers, Adaptive(tiers.slot_of.numpy(force=True), costs))
+    flag = config.kt_gpu_prefill_token_threshold
+    if flag == "auto":
+        resident = float((tiers.slot_of >= 0).float().mean())
+        rows = threshold(costs, model.num_experts_per_tok, np.ones(model.n_routed_experts), resident)
+        log.info("--kt-gpu-prefill-token-threshold auto: %s", "never" if rows is None else f"{rows} tokens")
+    else:
+        rows = int(flag) or None
+    if rows is not None:
+        if rows > _most_rows(config):
+            log.warning(
+                "--kt-gpu-prefill-token-threshold %s: no step has %d tokens, so none is divided; raise "
+                "--chunked-prefill-size %d", flag, rows, config.chunked_prefill_size,
+            )  # fmt: skip
+        divide_prefills(tiers, rows, costs)
 
 
 def _where_experts_live(pool: HostPool, *, mapped: bool) -> str:
@@ -201,16 +265,15 @@ def _where_experts_live(pool: HostPool, *, mapped: bool) -> str:
 
 
 def _placement(config: EngineConfig, model: ModelConfig) -> np.ndarray:
-    """slot_of [num_layers, experts] for the strategy and budget that the flags name."""
+    """slot_of [MoE layers, experts] for the strategy and budget that the flags name."""
     layers, experts = len(model.moe_layers), model.n_routed_experts
     budget = config.kt_num_gpu_experts * layers
     if config.kt_gpu_experts_ratio is not None:
         budget = int(config.kt_gpu_experts_ratio * layers * experts)
     counts = None
     if config.init_expert_location is not None:
-        counts = load_counts(config.init_expert_location, model.moe_layers, model.num_hidden_layers, experts)
-    chosen = place(config.kt_expert_placement_strategy, layers, experts, budget, counts)
-    return slots(chosen, model.moe_layers, model.num_hidden_layers)
+        counts = load_counts(config.init_expert_location, model)
+    return slots(place(config.kt_expert_placement_strategy, layers, experts, budget, counts))
 
 
 def _memory(
@@ -225,6 +288,9 @@ def _memory(
         activations=activation_bytes(model, getattr(torch, config.dtype), _most_rows(config)),
         kv_token=cache_bytes_per_token(model, getattr(torch, config.kv_cache_dtype)),
         mapped=config.kt_weight_mode == "mmap",
+        copies=config.moves_experts,
+        staging=STAGES if config.divides_prefills else 0,
+        pinned=_pinned_bytes(config, model) if gpu else 0,
     )
     limits = Limits(
         device=machine.gpu_free if gpu else machine.ram_available,
@@ -234,13 +300,18 @@ def _memory(
         nodes=tuple(machine.numa[node].ram_available for node in config.kt_numa_nodes or ()),
     )
     pool = config.max_total_tokens or config.context_length or 1
-    mappable = source.mappable and config.kt_weight_mode == "auto"
+    mappable = source.mappable and config.kt_weight_mode == "auto" and not config.moves_experts
     if mappable and not host_experts_fit(needs, limits, tokens=pool, page=config.page_size):
         log.info("the host experts do not fit in memory: they stay in the store's files and are read as they are used")
         needs = replace(needs, mapped=True)
     context = config.context_length or model.max_position_embeddings
     most = -(-context // config.page_size) * config.page_size * config.max_running_requests
     return plan_memory(needs, limits, wanted_tokens=config.max_total_tokens, most_tokens=most, page=config.page_size)
+
+
+def _pinned_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    itemsize = getattr(torch, config.dtype).itemsize
+    return HostStream.pinned_bytes(_most_rows(config), model.hidden_size, model.num_experts_per_tok, itemsize)
 
 
 def _most_rows(config: EngineConfig) -> int:

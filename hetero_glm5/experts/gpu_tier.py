@@ -23,3 +23,10 @@ class GpuExperts:
     def __call__(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Tensor:
         """x [T, hidden]; slot_ids [T, k], -1 = not on this tier; weights fp32 [T, k]. Returns fp32 [T, hidden]."""
         return ops.experts(x, slot_ids, weights, lambda slot: self.layout.unpack(self.slots[slot], x.dtype))
+
+    def add(self, y: Tensor, x: Tensor, weights: Tensor, places: Tensor, blob: Tensor) -> None:
+        """Adds the part of one expert whose packed `blob` is on the device to y fp32 [T, hidden]; places int64 [n]:
+        where in weights [T, k], flat, it was chosen, once a row."""
+        rows = places // weights.shape[1]
+        out = ops.swiglu(x[rows], *self.layout.unpack(blob, x.dtype)).float()
+        y.index_add_(0, rows, out * weights.flatten()[places, None])

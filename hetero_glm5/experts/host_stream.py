@@ -82,6 +82,11 @@ class HostStream:
 
         return join
 
+    @classmethod
+    def pinned_bytes(cls, rows: int, hidden: int, topk: int, itemsize: int) -> int:
+        """What all slots take once each has had a call of `rows`; itemsize: of x's type, with int64 ids."""
+        return cls.SLOTS * sum(_aligned(rows * n) for n in (hidden * itemsize, topk * 8, topk * 4, hidden * 4))
+
     def check(self) -> None:
         """Raises what a call raised that the stream has passed. After a synchronisation, nothing is left behind."""
         self._c.check()
@@ -92,8 +97,12 @@ class HostStream:
 
     def _buffers(self, stream: DeviceStream, slot: int, like: tuple[Tensor, ...]) -> list[Tensor]:
         """Tensors of those shapes and types, one after the other in the slot's memory, as large as its largest call."""
-        sizes = [-(-t.nbytes // ALIGN) * ALIGN for t in like]
+        sizes = [_aligned(t.nbytes) for t in like]
         if sum(sizes) > self._memory[slot].nbytes:
             self._memory[slot] = stream.pinned(sum(sizes))
         parts = self._memory[slot][: sum(sizes)].split(sizes)
         return [part[: t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(parts, like, strict=True)]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN

@@ -3,33 +3,39 @@
 slot_of[layer, expert] (-1 = host) is the only description of where an expert is. Each call splits a step's top-k by it,
 starts the host part, runs the device part, and returns a function that joins and adds the two. With a CUDA device all
 of this only enqueues, and the host part runs when the stream gets there; on a CPU device both tiers are the same cores,
-so it runs at once.
+so it runs at once. With an `Adaptation` slot_of changes, between two kernels and never under one; else experts stay
+where they were loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hetero_glm5.core import no_clock
-from hetero_glm5.experts.cpu_tier import CpuExperts, HostPool
+from hetero_glm5.experts.adaptation import Adaptation
+from hetero_glm5.experts.cpu_tier import CpuExperts
+from hetero_glm5.experts.divided import DividedPrefill
 from hetero_glm5.experts.gpu_tier import GpuExperts
-from hetero_glm5.experts.host_stream import CudaStream, DeviceStream
-from hetero_glm5.weights.expert_source import ExpertSource
-from hetero_glm5.weights.load import ModelWeights
-from hetero_glm5.weights.quantize import PackedExperts
+from hetero_glm5.experts.host_stream import DeviceStream
+from hetero_glm5.experts.recording import Recording
+
+Join = Callable[[], Tensor]  # → fp32 [T, hidden]
 
 
 class ExpertTiers:
-    """`host[layer]` for layers with experts on the host; `slot_of` int [layers, experts]; `stream`: gives a device's
-    stream to put the host part on, None = run it at once."""
+    """layers: the model's numbers of the MoE layers; all arrays count these from 0. host: by the model's number, for
+    layers with experts on the host. slot_of int [layers, experts]. stream: gives a device's stream to put the host part
+    on, None = run it at once. Attributes to set: what records routing, what makes experts move, what divides long
+    prefills, and `deferred`: of a token's experts on the host, so many, those with the smallest weights, are added one
+    MoE layer later (those of the last layer never)."""
 
     def __init__(
         self,
+        layers: Sequence[int],
         host: dict[int, CpuExperts],
         device: GpuExperts,
         slot_of: np.ndarray,
@@ -37,62 +43,117 @@ class ExpertTiers:
         stream: Callable[[torch.device], DeviceStream] | None,
     ):
         self.host, self.device, self.stream = host, device, stream
+        self.recording: Recording | None = None
+        self.adaptation: Adaptation | None = None
+        self.divided: DividedPrefill | None = None
+        self.deferred = 0
         self.slot_of = torch.from_numpy(slot_of).to(device.slots.device)
-        self._on_device = (slot_of >= 0).any(axis=1)
+        self._slot_of = slot_of.copy()  # the same, here
+        self._index = {layer: i for i, layer in enumerate(layers)}
+        self._late: Join | None = None  # what the previous layer deferred
 
-    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock=no_clock) -> Callable[[], Tensor]:
+    def begin_step(self, decoded: Tensor) -> None:
+        """decoded bool [T], on the CPU: which rows of the step are decoded, not prefilled."""
+        self._late = None
+        if self.recording is not None:
+            self.recording.begin(decoded)
+        if self.adaptation is not None:
+            self.adaptation.begin(decoded)
+
+    def end_step(self) -> None:
+        """After the step's last kernel was waited for: experts move between steps."""
+        if self.recording is not None:
+            self.recording.end()
+        if self.adaptation is not None:
+            self.adaptation.end()
+            self._publish(self.adaptation.slot_of)
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock=no_clock) -> Join:
         """x [T, hidden], ids int64 [T, k], weights fp32 [T, k]. Returns join() → Σ_k w·E_k(x), fp32 [T, hidden]."""
-        slots = self.slot_of[layer][ids]
-        pending = None
+        index = self._index[layer]
+        late, self._late = self._late, None
+        if self.recording is not None:
+            self.recording.routed(index, ids, self._slot_of[index] >= 0)
+        if self.adaptation is not None:
+            self.adaptation.routed(index, ids)
+        if self.divided is not None and len(x) >= self.divided.threshold:
+            parts = self._divide(self.divided, layer, x, ids, weights, clock)
+        else:
+            if self.adaptation is not None:
+                with clock("device_experts"):
+                    self._fetch(self.adaptation, index, ids)
+            parts = self._split(layer, x, ids, weights, clock)
+        return lambda: _sum(parts if late is None else [*parts, late], clock)
+
+    def _split(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock) -> list[Join]:
+        index, parts = self._index[layer], []
+        slots = self.slot_of[index][ids]
         if layer in self.host:
+            on_host = ids.masked_fill(slots >= 0, -1)
             with clock("host_experts"):
-                pending = self._start_host(layer, x, ids.masked_fill(slots >= 0, -1), weights)
-        on_device = None
-        if self._on_device[layer]:
+                if self.deferred and index + 1 < len(self._index):
+                    later = smallest(on_host, weights, self.deferred)
+                    parts.append(self._start_host(layer, x, on_host.masked_fill(later, -1), weights))
+                    self._late = self._start_host(layer, x, on_host.masked_fill(~later, -1), weights)
+                else:
+                    parts.append(self._start_host(layer, x, on_host, weights))
+        if (self._slot_of[index] >= 0).any():
             with clock("device_experts"):
-                on_device = self.device(x, slots, weights)
+                y = self.device(x, slots, weights)
+            parts.append(lambda: y)
+        return parts
 
-        def join() -> Tensor:
-            if pending is None:
-                assert on_device is not None, f"layer {layer} has experts on neither tier"
-                return on_device
+    def _divide(
+        self, divided: DividedPrefill, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock
+    ) -> list[Join]:
+        """The layer of a long prefill, in which nothing is deferred."""
+        index, parts = self._index[layer], []
+        host_ids = ids.cpu().numpy()  # waits for the router
+        on_host = divided.begin(index, host_ids, self._slot_of[index])
+        if on_host.any():
+            elsewhere = torch.from_numpy(~on_host).to(ids.device)[ids]
             with clock("host_experts"):
-                on_host = pending()
-            return on_host if on_device is None else on_host + on_device
+                parts.append(self._start_host(layer, x, ids.masked_fill(elsewhere, -1), weights))
+        if (self._slot_of[index] >= 0).any():
+            with clock("device_experts"):
+                resident = self.device(x, self.slot_of[index][ids], weights)
+            parts.append(lambda: resident)
+        with clock("device_experts"):
+            y = divided.compute(index, x, host_ids, weights)
+        parts.append(lambda: y)
+        return parts
 
-        return join
+    def _fetch(self, adaptation: Adaptation, index: int, ids: Tensor) -> None:
+        try:
+            adaptation.fetch(index, ids)
+        finally:
+            self._publish(adaptation.slot_of)
 
-    def _start_host(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+    def _publish(self, slot_of: np.ndarray) -> None:
+        changed = np.nonzero(slot_of != self._slot_of)
+        if len(changed[0]):
+            values = slot_of[changed]
+            self._slot_of[changed] = values
+            self.slot_of[tuple(map(torch.from_numpy, changed))] = torch.from_numpy(values).to(self.slot_of.device)
+
+    def _start_host(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Join:
         if self.stream is None:
             y = self.host[layer](x, ids, weights)
             return lambda: y
         return self.host[layer].start(self.stream(x.device), x, ids, weights)
 
 
-def load_tiers(
-    source: ModelWeights, experts: ExpertSource, slot_of: np.ndarray, *, device: str, pool: HostPool
-) -> ExpertTiers:
-    """Takes every routed expert once, to where `slot_of` puts it; the host keeps no copy of device experts."""
-    layout = experts.layout
-    tier = GpuExperts(layout, int(slot_of.max()) + 1, device)
-    ids = range(slot_of.shape[1])
-    host: dict[int, CpuExperts] = {}
+def smallest(ids: Tensor, weights: Tensor, count: int) -> Tensor:
+    """bool [T, k]: of each row's ids that are not -1, the `count` with the smallest weights."""
+    order = weights.masked_fill(ids < 0, torch.inf).argsort(dim=1, stable=True)
+    chosen = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, order[:, :count], True)
+    return chosen & (ids >= 0)
 
-    def place(packed: PackedExperts, layer: int, expert: int) -> None:
-        slot = slot_of[layer, expert]
-        if slot < 0:
-            experts.place(packed, layer, expert)
-        else:
-            blob = torch.empty(layout.blob_bytes, dtype=torch.uint8)
-            experts.fill(blob, layer, expert)
-            tier.slots[slot].copy_(blob)
 
-    with ThreadPoolExecutor(experts.loaders) as loaders:
-        for layer in (i for i in source.layers if source.config.is_sparse(i)):
-            resident = [e for e in ids if slot_of[layer, e] < 0]
-            packed = PackedExperts(layout, len(ids), resident, () if experts.mapped else pool.nodes)
-            for _ in loaders.map(lambda e, packed=packed, layer=layer: place(packed, layer, e), ids):
-                source.tell("experts")
-            if resident:
-                host[layer] = CpuExperts(packed, pool=pool)
-    return ExpertTiers(host, tier, slot_of, stream=None if tier.slots.device.type == "cpu" else CudaStream)
+def _sum(parts: list[Join], clock) -> Tensor:
+    assert parts, "a layer has experts on neither tier"
+    with clock("host_experts"):
+        total = parts[0]()
+        for part in parts[1:]:
+            total = total + part()
+    return total

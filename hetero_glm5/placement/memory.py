@@ -21,11 +21,19 @@ class Needs:
     activations: int  # the largest step's temporaries on the device
     kv_token: int  # cached bytes of one token over all layers
     mapped: bool = False  # the host experts stay in files
+    copies: bool = False  # experts move, so those on the device keep their place on the host
+    staging: int = 0  # further device slots, through which a divided prefill streams experts
+    pinned: int = 0  # host memory for the rows of the host's calls
+
+    @property
+    def host_blobs(self) -> int:
+        """Experts that the host has."""
+        return self.host_experts + (self.device_experts if self.copies else 0)
 
     @property
     def host_bytes(self) -> int:
-        """Memory that the host experts occupy."""
-        return 0 if self.mapped else self.host_experts * self.expert
+        """Memory that they occupy."""
+        return 0 if self.mapped else self.host_blobs * self.expert
 
 
 @dataclass(frozen=True)
@@ -48,15 +56,20 @@ class MemoryPlan:
 
     def report(self) -> list[str]:
         """One line for each tier, for the start log."""
-        n = self.needs
-        device = [
-            f"dense weights {_gib(n.dense)}",
-            f"{n.device_experts} experts {_gib(n.device_experts * n.expert)}",
-            f"activations {_gib(n.activations)}",
-            f"KV pool {_gib(self.kv_tokens * n.kv_token)} ({self.kv_tokens} tokens x {n.kv_token} B)",
-        ]
-        host = f"{n.host_experts} experts {_gib(n.host_experts * n.expert)}" + (", in files" if n.mapped else "")
-        return ["device tier: " + ", ".join(device), f"host tier: {host}"]
+        n, limits = self.needs, self.limits
+        pool = self.kv_tokens * n.kv_token
+        used = _fixed(n, limits) + pool
+        device = [*_device_parts(n), f"KV pool {_gib(pool)} ({self.kv_tokens} tokens x {n.kv_token} B)"]
+        host = [f"{n.host_blobs} experts {_gib(n.host_blobs * n.expert)}" + (", in files" if n.mapped else "")]
+        if n.copies:
+            host.append(f"{n.device_experts} of them on the device too")
+        if n.pinned:
+            host.append(f"pinned rows {_gib(n.pinned)}")
+        total = f"{_gib(used)} of {_gib(_budget(limits))} ({limits.fraction} of {_gib(limits.device)})"
+        if limits.shared:
+            return ["device tier: " + ", ".join(device), "host tier: " + ", ".join(host), f"both tiers: {total}"]
+        occupied = f"{_gib(n.host_bytes + n.pinned)} of {_gib(limits.host)}"
+        return [f"device tier: {', '.join(device)}; {total}", f"host tier: {', '.join(host)}; {occupied}"]
 
 
 def host_experts_fit(needs: Needs, limits: Limits, *, tokens: int, page: int) -> bool:
@@ -64,7 +77,7 @@ def host_experts_fit(needs: Needs, limits: Limits, *, tokens: int, page: int) ->
     if _share_of_a_node(needs, limits) > min(limits.nodes, default=0) * HOST_FRACTION:
         return False
     if not limits.shared:
-        return needs.host_bytes <= limits.host * HOST_FRACTION
+        return needs.host_bytes + needs.pinned <= limits.host * HOST_FRACTION
     return _fixed(needs, limits) + -(-tokens // page) * page * needs.kv_token <= _budget(limits)
 
 
@@ -73,19 +86,20 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
 
     Raises UserError when the weights or the wanted pool do not fit.
     """
-    if not limits.shared and needs.host_bytes > limits.host * HOST_FRACTION:
+    room = max(int(limits.host * HOST_FRACTION) - needs.pinned, 0)
+    if not limits.shared and needs.host_bytes > room:
+        pinned = f", less {_gib(needs.pinned)} of pinned rows," if needs.pinned else ""
         raise UserError(
-            f"host memory: {needs.host_experts} experts x {_gib(needs.expert)} = {_gib(needs.host_bytes)}, but only "
-            f"{HOST_FRACTION} of {_gib(limits.host)} available may hold them. Use a smaller --kt-method or put more "
-            "experts on the device."
+            f"host memory: {_host_experts(needs)} = {_gib(needs.host_bytes)}, but only {HOST_FRACTION} of "
+            f"{_gib(limits.host)} available{pinned} may hold them, {_gib(room // needs.host_blobs)} for each. "
+            f"{_host_remedy(needs)}"
         )
     share, smallest = _share_of_a_node(needs, limits), min(limits.nodes, default=0)
     if share > smallest * HOST_FRACTION:
         raise UserError(
-            f"host memory: {needs.host_experts} experts x {_gib(needs.expert)}, divided over {len(limits.nodes)} NUMA "
-            f"node(s), put {_gib(share)} on each, but only {HOST_FRACTION} of {_gib(smallest)} available on one of "
-            "them may hold experts. Use a smaller --kt-method, other --kt-numa-nodes, or put more experts on the "
-            "device."
+            f"host memory: {_host_experts(needs)}, divided over {len(limits.nodes)} NUMA node(s), put {_gib(share)} on "
+            f"each, but only {HOST_FRACTION} of {_gib(smallest)} available on one of them may hold experts. "
+            f"{_host_remedy(needs)} Other --kt-numa-nodes may do as well."
         )
     budget, fixed = _budget(limits), _fixed(needs, limits)
     left = budget - fixed
@@ -93,18 +107,15 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
     tokens = tokens // page * page if wanted_tokens is None else -(-tokens // page) * page
     if tokens < page or tokens * needs.kv_token > left:
         wanted = max(tokens, page)
-        host = f"{needs.host_experts} host experts {_gib(needs.host_bytes)}"
+        host = f"{needs.host_blobs} host experts {_gib(needs.host_bytes)}"
         parts = [
-            f"dense weights {_gib(needs.dense)}",
-            f"{needs.device_experts} device experts {_gib(needs.device_experts * needs.expert)}",
+            *_device_parts(needs),
             *([host] if limits.shared and not needs.mapped else []),
-            f"activations {_gib(needs.activations)}",
             f"KV pool {_gib(wanted * needs.kv_token)} ({wanted} tokens x {needs.kv_token} B)",
         ]
         raise UserError(
             f"memory: {' + '.join(parts)} = {_gib(fixed + wanted * needs.kv_token)}, but the budget is {_gib(budget)} "
-            f"({limits.fraction} of {_gib(limits.device)}). Lower --max-total-tokens (one page at least, --page-size "
-            f"{page}), --chunked-prefill-size or --kt-num-gpu-experts, or raise --mem-fraction-static."
+            f"({limits.fraction} of {_gib(limits.device)}). {_device_remedy(needs, limits, page)}"
         )
     return MemoryPlan(needs, limits, tokens)
 
@@ -119,9 +130,43 @@ def _budget(limits: Limits) -> int:
 
 def _fixed(needs: Needs, limits: Limits) -> int:
     """Bytes of the budget that the KV pool cannot have."""
-    device = needs.dense + needs.device_experts * needs.expert + needs.activations
-    return device + (needs.host_bytes if limits.shared else 0)
+    device = needs.dense + (needs.device_experts + needs.staging) * needs.expert + needs.activations
+    return device + (needs.host_bytes + needs.pinned if limits.shared else 0)
+
+
+def _device_parts(needs: Needs) -> list[str]:
+    return [
+        f"dense weights {_gib(needs.dense)}",
+        f"{needs.device_experts} device experts {_gib(needs.device_experts * needs.expert)}",
+        *([f"{needs.staging} staging slots {_gib(needs.staging * needs.expert)}"] if needs.staging else []),
+        f"activations {_gib(needs.activations)}",
+    ]
+
+
+def _host_experts(needs: Needs) -> str:
+    copies = f" (the {needs.device_experts} on the device keep theirs, because experts move)" if needs.copies else ""
+    return f"{needs.host_blobs} experts x {_gib(needs.expert)}{copies}"
+
+
+def _host_remedy(needs: Needs) -> str:
+    if needs.copies:
+        moves = "--kt-enable-dynamic-expert-update and --kt-gpu-prefill-token-threshold"
+        return f"Use a smaller --kt-method, or let no expert move: leave out {moves}."
+    return (
+        "Use a smaller --kt-method, put more experts on the device, or leave a packed store in its files "
+        "(--kt-weight-mode mmap)."
+    )
+
+
+def _device_remedy(needs: Needs, limits: Limits, page: int) -> str:
+    if needs.dense + page * needs.kv_token >= limits.device:
+        other = "a machine with more memory" if limits.shared else "a device with more memory, or --device cpu"
+        return f"The dense weights alone leave no room: use {other}."
+    return (
+        f"Lower --max-total-tokens (one page at least, --page-size {page}), --chunked-prefill-size or "
+        "--kt-num-gpu-experts, or raise --mem-fraction-static."
+    )
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB // 100 else f"{size / (1 << 20):.2f} MiB"
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 4 else f"{size / (1 << 20):.2f} MiB"

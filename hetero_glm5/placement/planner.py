@@ -34,6 +34,12 @@ class Planner(Protocol):
         """During a step, when `layer` has been routed; tokens int64 [experts], rows of this step. The experts to copy
         now and to compute on the device in this very step; slot_of has them on return."""
 
+    def may_fetch(self, routed: int) -> bool:
+        """Whether fetch() could name experts for a layer of which `routed` are used."""
+
+    def drop(self, move: Move) -> None:
+        """The copy of a move or of a fetch has failed: its expert is on the host, and its slot is nobody's."""
+
     def end_step(self, decode: np.ndarray, prefill: np.ndarray, late: int = 0) -> list[Move]:
         """After a step; rows int64 [layers, experts] of its decode and of its prefill. The moves of the previous call
         land, all but the newest `late` in flight, which land at a later call. Then new ones are ordered: a victim
@@ -48,6 +54,12 @@ class Static:
 
     def fetch(self, layer: int, tokens: np.ndarray) -> list[Move]:
         return []
+
+    def may_fetch(self, routed: int) -> bool:
+        return False
+
+    def drop(self, move: Move) -> None:
+        pass
 
     def end_step(self, decode: np.ndarray, prefill: np.ndarray, late: int = 0) -> list[Move]:
         return []
@@ -70,6 +82,7 @@ class Adaptive:
         self._forecast = Forecast(*slot_of.shape)
         self._in_flight: list[Move] = []
         self._coming = np.zeros(slot_of.shape, dtype=bool)  # in flight
+        self._empty: list[int] = []  # slots that nobody holds, because copies to them failed
         self._victims = np.flatnonzero(self.slot_of.ravel() >= 0)  # least expected first
         self._taken = 0  # of the victims, from the front
         self._fetched = np.zeros(slot_of.shape, dtype=bool)  # in this step
@@ -93,6 +106,17 @@ class Adaptive:
             moves.append(Move(layer, expert, slot))
             self._fetched[layer, expert] = True
         return moves
+
+    def may_fetch(self, routed: int) -> bool:
+        all_missed = np.ones(min(routed, self.slot_of.shape[1]), dtype=np.int64)
+        return self._fetch_count(all_missed[:0], all_missed) > 0
+
+    def drop(self, move: Move) -> None:
+        if move in self._in_flight:
+            self._in_flight.remove(move)
+            self._coming[move.layer, move.expert] = False
+        self.slot_of[move.layer, move.expert] = -1
+        self._empty.append(move.slot)
 
     def _fetch_count(self, hits: np.ndarray, misses: np.ndarray) -> int:
         return fetch_count(self.costs, hits, misses)
@@ -131,14 +155,17 @@ class Adaptive:
         newcomers, victims = np.flatnonzero((slots < 0) & ~self._coming.ravel()), np.flatnonzero(slots >= 0)
         victims = victims[np.argsort(expected[victims], kind="stable")]
         newcomers = newcomers[np.argsort(-expected[newcomers], kind="stable")]
-        pairs = max(0, min(most, len(victims), len(newcomers)))
-        gain = expected[newcomers[:pairs]] - expected[victims[:pairs]]
-        count = int((gain > self.MARGIN).sum())  # falling
+        empty = len(self._empty)
+        pairs = max(0, min(most, empty + len(victims), len(newcomers)))
+        lost = np.concatenate((np.full(empty, -np.inf), expected[victims]))[:pairs]
+        count = int((expected[newcomers[:pairs]] - lost > self.MARGIN).sum())  # falling
+        free = np.concatenate((np.array(self._empty, dtype=np.int64), slots[victims]))[:count].tolist()
         layers, experts = np.divmod(newcomers[:count], self.slot_of.shape[1])
-        moves = [Move(*move) for move in zip(layers.tolist(), experts.tolist(), slots[victims[:count]].tolist())]
-        slots[victims[:count]] = -1
+        moves = [Move(*move) for move in zip(layers.tolist(), experts.tolist(), free, strict=True)]
+        evicted = max(0, count - empty)
+        slots[victims[:evicted]] = -1
         self._coming.ravel()[newcomers[:count]] = True
-        self._victims, self._taken = victims[count:], 0
+        self._victims, self._taken, self._empty = victims[evicted:], 0, self._empty[count:]
         return moves
 
 

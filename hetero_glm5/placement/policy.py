@@ -41,9 +41,6 @@ def place(strategy: str, layers: int, experts: int, budget: int, counts: np.ndar
     return by_name[strategy](layers, experts, budget)
 
 
-def slots(on_device: np.ndarray, moe_layers: tuple[int, ...], num_layers: int) -> np.ndarray:
-    """slot_of int64 [num_layers, experts]: slots in layer order for the experts chosen, -1 for all others."""
-    slot_of = np.full((num_layers, on_device.shape[1]), -1, dtype=np.int64)
-    numbered = np.where(on_device, np.cumsum(on_device).reshape(on_device.shape) - 1, -1)
-    slot_of[list(moe_layers)] = numbered
-    return slot_of
+def slots(on_device: np.ndarray) -> np.ndarray:
+    """slot_of int64 [layers, experts]: slots in layer order for the experts chosen, -1 for all others."""
+    return np.where(on_device, np.cumsum(on_device).reshape(on_device.shape) - 1, -1)

@@ -1,40 +1,120 @@
-"""Routing counts: how often each expert of each layer was chosen."""
+"""Routing statistics: how often each expert of each layer was chosen, and the files they are kept in.
+
+A file, .safetensors or .pt, holds `logical_count` [1, layers, experts] for all layers, dense ones zero: what SGLang's
+expert-distribution recorder writes (one for each step; they are summed) and what --init-expert-location reads. Beside
+it stand `decode_count` and `prefill_count` [layers, experts], its two parts.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hetero_glm5.core import UserError
+from hetero_glm5.model_config import ModelConfig
 
-KEY = "logical_count"
+PHASES = ("decode", "prefill")
+KEY, PHASE_KEYS = "logical_count", ("decode_count", "prefill_count")
 
 
-def load_counts(path: str, moe_layers: tuple[int, ...], num_layers: int, experts: int) -> np.ndarray:
-    """float64 [len(moe_layers), experts] from a .safetensors or .pt file with `logical_count` [..., layers, experts]
-    (SGLang's expert-distribution recorder writes one for all layers, dense ones zero; only MoE layers is fine too).
-    Raises UserError."""
-    data = _read(path)
-    counts = data.get(KEY) if isinstance(data, dict) else None
+class RoutingStats:
+    """Selections of every expert, decode and prefill apart. One counts half after `half_life` more tokens of its phase;
+    with an infinite half-life the counts are exact up to 2^53."""
+
+    def __init__(self, model: ModelConfig, half_life: float = math.inf):
+        self.model, self.half_life = model, half_life
+        self.counts = np.zeros((2, len(model.moe_layers), model.n_routed_experts))  # decode, prefill
+
+    def add(self, decode: np.ndarray, prefill: np.ndarray) -> None:
+        """The counts of a step, or of several together, int64 [MoE layers, experts] each."""
+        new = np.stack([decode, prefill])
+        self.counts *= np.exp2(-self._tokens(new) / self.half_life)[:, None, None]
+        self.counts += new
+
+    @property
+    def tokens(self) -> tuple[float, float]:
+        """Of decode and of prefill, each as often as it counts."""
+        decode, prefill = self._tokens(self.counts).tolist()
+        return decode, prefill
+
+    def _tokens(self, counts: np.ndarray) -> np.ndarray:
+        return counts.sum(axis=(1, 2)) / (counts.shape[1] * self.model.num_experts_per_tok)
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What a file holds: int64 if the half-life is infinite, else float64."""
+        counts = self.counts if math.isfinite(self.half_life) else self.counts.astype(np.int64)
+        decode, prefill = all_layers(counts, self.model)
+        return {KEY: (decode + prefill)[None]} | dict(zip(PHASE_KEYS, (decode, prefill), strict=True))
+
+    def save(self, path: Path) -> None:
+        """Raises OSError."""
+        save_tensors(path, self.tensors)
+
+    def load(self, path: Path) -> None:
+        """Takes the counts that save() wrote for a model of this shape. Raises UserError."""
+        data = _read(path, f"{path}")
+        for part, key in zip(self.counts, PHASE_KEYS, strict=True):
+            part[:] = _totals(data, f"{path}", key, self.model)
+
+
+def all_layers(of_moe_layers: np.ndarray, model: ModelConfig) -> np.ndarray:
+    """[..., MoE layers, experts] -> [..., layers, experts], zero where a layer is dense."""
+    *outer, _, experts = of_moe_layers.shape
+    whole = np.zeros((*outer, model.num_hidden_layers, experts), of_moe_layers.dtype)
+    whole[..., list(model.moe_layers), :] = of_moe_layers
+    return whole
+
+
+def load_counts(path: str, model: ModelConfig) -> np.ndarray:
+    """float64 [MoE layers, experts] from a .safetensors or .pt file with `logical_count` [..., layers, experts] for all
+    layers; only MoE layers is fine too. Raises UserError."""
+    name = f"--init-expert-location {path}"
+    return _totals(_read(Path(path), name), name, KEY, model)
+
+
+def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a .safetensors file, or a .pt of any other name, whole or not at all. Raises OSError."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    part = path.with_name(f"{path.name}.part")
+    try:
+        if path.suffix == ".safetensors":
+            save_file(tensors, part)
+        else:
+            torch.save(tensors, part)
+        os.replace(part, path)
+    except (SafetensorError, RuntimeError) as error:  # how both say that a file cannot be written
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _totals(data: Any, name: str, key: str, model: ModelConfig) -> np.ndarray:
+    """float64 [MoE layers, experts] from data[key] [..., layers, experts], summed."""
+    counts = data.get(key) if isinstance(data, dict) else None
     if not isinstance(counts, torch.Tensor) or not _is_plain(counts):
-        raise UserError(f'--init-expert-location {path} has no real tensor "{KEY}" of shape [..., layers, experts].')
+        raise UserError(f'{name} has no real tensor "{key}" of shape [..., layers, experts].')
     totals = counts.detach().double().reshape(-1, *counts.shape[-2:]).sum(0).numpy()
-    if totals.shape == (num_layers, experts):
-        totals = totals[list(moe_layers)]
+    moe_layers, experts = list(model.moe_layers), model.n_routed_experts
+    if totals.shape == (model.num_hidden_layers, experts):
+        totals = totals[moe_layers]
     if totals.shape != (len(moe_layers), experts):
         raise UserError(
-            f"--init-expert-location {path} counts {totals.shape[0]} layers of {totals.shape[1]} experts; this model "
-            f"has {num_layers} layers ({len(moe_layers)} MoE) of {experts}."
+            f"{name} counts {totals.shape[0]} layers of {totals.shape[1]} experts; this model has "
+            f"{model.num_hidden_layers} layers ({len(moe_layers)} MoE) of {experts}."
         )
     if not np.isfinite(totals).all() or (totals < 0).any():
-        raise UserError(f"--init-expert-location {path} holds negative or non-finite counts.")
+        raise UserError(f"{name} holds negative or non-finite counts.")
     return totals
 
 
@@ -43,12 +123,12 @@ def _is_plain(counts: torch.Tensor) -> bool:
     return here and counts.dim() >= 2 and not counts.is_complex() and not counts.is_quantized
 
 
-def _read(path: str) -> Any:
+def _read(path: Path, name: str) -> Any:
     try:
-        if path.endswith(".safetensors"):
+        if path.suffix == ".safetensors":
             return load_file(path)
-        if Path(path).exists() and not zipfile.is_zipfile(path):  # torch.load raises anything on other bytes
-            raise UserError(f"--init-expert-location {path} is no file that torch.save or safetensors wrote.")
+        if path.exists() and not zipfile.is_zipfile(path):  # torch.load raises anything on other bytes
+            raise UserError(f"{name} is no file that torch.save or safetensors wrote.")
         return torch.load(path, weights_only=True)
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"--init-expert-location {path} cannot be read: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"{name} cannot be read: {str(error).splitlines()[0]}.") from error

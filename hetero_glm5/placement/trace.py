@@ -1,31 +1,34 @@
 """Routing traces: which experts each token was routed to, in the order in which an engine computed them.
 
-A trace file is what numpy.savez_compressed writes, and holds, for T computed rows, L MoE layers and top-k routing,
+A trace file is a safetensors file. For T computed rows, L MoE layers and top-k routing it holds
     ids [T, L, k]   uint8, or uint16 above 256 experts; a token's experts, the router's first choice first
     step [T]        int32, the engine step that computed the row, from 0; rows are in order of steps
     request [T]     int32, from 0
     position [T]    int32, of the row in its request
     decode [T]      bool, whether the row was decoded, one to a step; else it is part of a prefill
     layers [L]      int32, the model's numbers of the MoE layers
-    kinds [R]       text, what each request is about
-    experts         int32, experts of a layer
-    version         int32, 1
+and, as JSON under the header's key `routing_trace`,
+    version         2
+    experts         of a layer
+    kinds           what each request is about, a text for each
 A preempted request is computed again: its positions then come twice, the second time as a prefill.
 """
 
 from __future__ import annotations
 
-import zipfile
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from hetero_glm5.core import UserError
 
-VERSION = 1
+HEADER, VERSION = "routing_trace", 2
+AGAIN = "Record it again with hetero-glm5 trace record."
 
 
 @dataclass(frozen=True)
@@ -43,45 +46,44 @@ class Trace:
         return len(self.ids)
 
     def save(self, path: Path) -> None:
-        """Writes `path`, which need not end in .npz."""
-        arrays = dict(vars(self))
-        arrays |= {name: arrays[name].astype(np.int32) for name in ("step", "request", "position", "layers")}
-        arrays["ids"] = self.ids.astype(np.uint8 if self.experts <= 256 else np.uint16)
-        arrays |= {"experts": np.int32(self.experts), "version": np.int32(VERSION)}
-        with path.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+        """Writes `path`, of any name. The same trace gives the same bytes. Raises OSError."""
+        arrays = {name: np.ascontiguousarray(getattr(self, name), kind) for name, kind in _types(self.experts).items()}
+        header = {"version": VERSION, "experts": self.experts, "kinds": self.kinds.tolist()}
+        path.write_bytes(save(arrays, {HEADER: json.dumps(header)}))
 
     @classmethod
     def load(cls, path: Path) -> Trace:
         """Raises UserError when the file is no trace."""
         try:
-            with np.load(path) as file:
-                arrays: dict[str, Any] = dict(file)
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-            raise UserError(
-                f"{path} is no routing trace: {error}. Record one with hetero-glm5 trace record."
-            ) from error
-        version = arrays.pop("version", None)
-        wanted = set(cls.__dataclass_fields__)
-        if version != VERSION or set(arrays) != wanted:
-            raise UserError(
-                f"{path} is no routing trace of version {VERSION}: it has version {version} and "
-                f"{', '.join(sorted(arrays)) or 'nothing'}. Record it again with hetero-glm5 trace record."
-            )
-        trace = cls(**arrays | {"experts": int(arrays["experts"])})
+            with safe_open(path, framework="numpy") as file:
+                header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{path} is no routing trace: {error}. {AGAIN}") from error
+        if not isinstance(header, dict) or header.get("version") != VERSION:
+            raise UserError(f"{path} is no routing trace of version {VERSION}. {AGAIN}")
+        experts, kinds = header.get("experts"), header.get("kinds")
+        texts = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+        types = {name: array.dtype for name, array in arrays.items()}
+        if not isinstance(experts, int) or not texts or types != _types(experts):
+            raise UserError(f"{path} is damaged: it holds other arrays than a trace. {AGAIN}")
+        trace = cls(**arrays, kinds=np.array(kinds, dtype=str), experts=experts)
         trace._check(path)
         return trace
 
     def _check(self, path: Path) -> None:
-        rows = {name: len(getattr(self, name)) for name in ("ids", "step", "request", "position", "decode")}
-        whole = len(set(rows.values())) == 1 and self.ids.ndim == 3 and self.ids.shape[1] == len(self.layers)
+        columns = (self.step, self.request, self.position, self.decode)
+        flat = all(array.ndim == 1 for array in (*columns, self.layers, self.kinds))
+        whole = flat and self.ids.ndim == 3 and {len(column) for column in columns} == {len(self)}
         within = whole and (
-            self.ids.max(initial=0) < self.experts
+            self.ids.shape[1] == len(self.layers)
+            and self.ids.max(initial=0) < self.experts
+            and self.request.min(initial=0) >= 0
             and self.request.max(initial=-1) < len(self.kinds)
             and (np.diff(self.step) >= 0).all()
         )
         if not within:
-            raise UserError(f"{path} is damaged: its arrays do not fit together. Record it again.")
+            raise UserError(f"{path} is damaged: its arrays do not fit together. {AGAIN}")
 
 
 @dataclass(frozen=True)
@@ -127,3 +129,9 @@ class Steps:
             {step: prefill[step] for step in with_prefill},
             np.bincount(trace.step[trace.decode], minlength=count),
         )
+
+
+def _types(experts: int) -> dict[str, np.dtype]:
+    """Of the arrays in a file."""
+    whole = dict.fromkeys(("step", "request", "position", "layers"), np.dtype(np.int32))
+    return whole | {"ids": np.dtype(np.uint8 if experts <= 256 else np.uint16), "decode": np.dtype(np.bool_)}

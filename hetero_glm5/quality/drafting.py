@@ -19,7 +19,7 @@ from torch import Tensor
 from hetero_glm5 import hardware
 from hetero_glm5.core import UserError
 from hetero_glm5.experts.cpu_tier import HostPool
-from hetero_glm5.experts.tiers import load_tiers
+from hetero_glm5.experts.load import load_tiers
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.mtp import MTP
 from hetero_glm5.model.state import Cache, Rows, Segment
@@ -43,7 +43,7 @@ class Drafter:
             weights = source.getter(dtype, "cpu")
             self.model = GLM5(self.config, weights)
             self.mtp = MTP(self.model, weights)
-            host_only = np.full((self.config.num_hidden_layers + 1, self.config.n_routed_experts), -1)
+            host_only = np.full((len(self.config.moe_layers) + 1, self.config.n_routed_experts), -1)
             experts = source.experts(source.layout(method))
             self.experts = load_tiers(source, experts, host_only, device="cpu", pool=self._pool)
         finally:

@@ -9,7 +9,7 @@
     sparse      {index_topk, length, own, all: {sparse, dense, ratio, tokens}}: perplexities in BF16 at the positions
                 from index_topk on of recall documents of about `length`, 4 x index_topk, tokens; over the tokens that
                 the model is to write, and over all
-    answers     task: {asked, right, well_formed}: greedy, in BF16; well_formed (of calls) else null
+    answers     method: {task: {asked, right, well_formed}}: greedy; well_formed (of calls) else null
     drafting    kind and "all": {places, accepted, shares, tokens_per_step}, each by depth from 1: see drafting.py
     routing     {experts, layers, selections, entropy, shares}: see routing.py; shares by the share of experts
     left_out    a sentence for each part that this model cannot be measured in; the part is null or missing
@@ -54,7 +54,7 @@ class Options:
     methods: tuple[str, ...]
     count: int  # questions of each kind
     seed: int
-    quick: bool  # recall and long texts at their smallest
+    quick: bool  # recall and long texts at their smallest; questions in BF16 only
 
     @property
     def recall_tokens(self) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ class _Measuring:
         self.fp8 = fp8_experts(folder, self._new_folder("fp8")) if "FP8" in options.methods else None
         self.losses: dict[str, dict[str, Loss]] = {}  # by method and kind
         self.texts: list[Text] = []
-        self.answers: list[Answer] = []
+        self.answers: dict[str, list[Answer]] = {}  # by method
         self.left_out: list[str] = []
 
     def run(self) -> dict[str, Any]:
@@ -90,10 +90,19 @@ class _Measuring:
             report |= {"seed": self.options.seed, "count": self.options.count}
             report["routing"] = self._baseline(llm)
             report["deferral"] = self._deferral(llm)
-            report["answers"] = self._ask(llm)
+            marks = {BASELINE: self._ask(llm, BASELINE)}
             report["sparse"] = self._sparse(llm)
         report["drafting"] = self._drafting()
-        report["perplexity"] = self._methods()
+        for method in self.options.methods:
+            if method != BASELINE:
+                with self._llm(method) as llm:
+                    self.tell(f"perplexity, {method}")
+                    self.losses[method] = losses_by_kind(llm, self.texts)
+                    if not self.options.quick:
+                        marks[method] = self._ask(llm, method)
+        methods = dict.fromkeys((*self.options.methods, BASELINE))
+        report["perplexity"] = {m: _by_kind(self.losses[m]) | {"ratio": self._ratio(self.losses[m])} for m in methods}
+        report["answers"] = {method: marks[method] for method in methods if method in marks}
         return report | {"left_out": self.left_out}
 
     def _llm(self, method: str, folder: str = "") -> LLM:
@@ -126,18 +135,18 @@ class _Measuring:
             rows[f"{count}"] = _shown(total(found.values())) | {"ratio": self._ratio(found)}
         return rows
 
-    def _ask(self, llm: LLM) -> dict[str, Any]:
+    def _ask(self, llm: LLM, method: str) -> dict[str, Any]:
         count, seed = self.options.count, self.options.seed
         questions = {kind: tasks(kind, count, seed) for kind in ASKED_KINDS}
         for tokens in self.options.recall_tokens:
             questions[f"recall {tokens}"] = tasks("recall", max(1, count // 4), seed, tokens)
         answered: dict[str, list[Answer]] = {}
         for name, asked in questions.items():
-            self.tell(f"questions: {name}")
+            self.tell(f"questions, {method}: {name}")
             answers = ask(llm, self.tokenizer, asked)
-            if not answers:
+            if not answers and method == BASELINE:
                 self.left_out.append(f"{name}: the context of {llm.engine.context_length} tokens is too short for it.")
-            self.answers += answers
+            self.answers.setdefault(method, []).extend(answers)
             for answer in answers:
                 part = name if name != "tools" else "tools: calls" if answer.calling else "tools: results"
                 answered.setdefault(part, []).append(answer)
@@ -171,20 +180,11 @@ class _Measuring:
         with Drafter(self.folder) as drafter:
             for kind in ASKED_KINDS:
                 self.tell(f"drafting: {kind}")
-                spoken = [(a.prompt + a.output, len(a.prompt)) for a in self.answers if a.task.kind == kind]
+                spoken = [(a.prompt + a.output, len(a.prompt)) for a in self.answers[BASELINE] if a.task.kind == kind]
                 runs[kind] = drafter.runs(spoken)
         runs["all"] = [run for of_kind in runs.values() for run in of_kind]
         found = {kind: count_accepted(of_kind) for kind, of_kind in runs.items()}
         return {kind: asdict(accepted) | {"shares": accepted.shares} for kind, accepted in found.items()}
-
-    def _methods(self) -> dict[str, Any]:
-        methods = dict.fromkeys((*self.options.methods, BASELINE))
-        for method in methods:
-            if method not in self.losses:
-                self.tell(f"perplexity, {method}")
-                with self._llm(method) as llm:
-                    self.losses[method] = losses_by_kind(llm, self.texts)
-        return {m: _by_kind(self.losses[m]) | {"ratio": self._ratio(self.losses[m])} for m in methods}
 
     def _ratio(self, found: dict[str, Loss]) -> float:
         """Of the perplexity over all kinds to the baseline's."""

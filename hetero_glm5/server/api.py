@@ -75,6 +75,17 @@ class Service:
         self._check_model(name)
         return _json(self._card())
 
+    async def start_recording(self) -> Response:
+        await self.worker.ask(lambda engine: engine.recorder.start())
+        return _json({"recording": True})
+
+    async def stop_recording(self) -> Response:
+        await self.worker.ask(lambda engine: engine.recorder.stop())
+        return _json({"recording": False})
+
+    async def dump_recording(self) -> Response:
+        return _json(await self.worker.ask(lambda engine: engine.recorder.dump()))
+
     async def completions(self, request: Request) -> Response:
         asked = await self._asked(CompletionRequest, request)
         if len(asked.prompt) > self.worker.max_queued:
@@ -164,11 +175,14 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="hetero_glm5", lifespan=lifespan, openapi_url=None)
     app.add_api_route("/health", service.health)
-    guarded = APIRouter(prefix="/v1", dependencies=[Depends(_key_check(service.config.api_key))])
-    guarded.add_api_route("/models", service.models)
-    guarded.add_api_route("/models/{name:path}", service.one_model)
-    guarded.add_api_route("/completions", service.completions, methods=["POST"])
-    guarded.add_api_route("/chat/completions", service.chat, methods=["POST"])
+    guarded = APIRouter(dependencies=[Depends(_key_check(service.config.api_key))])
+    guarded.add_api_route("/v1/models", service.models)
+    guarded.add_api_route("/v1/models/{name:path}", service.one_model)
+    guarded.add_api_route("/v1/completions", service.completions, methods=["POST"])
+    guarded.add_api_route("/v1/chat/completions", service.chat, methods=["POST"])
+    guarded.add_api_route("/start_expert_distribution_record", service.start_recording, methods=["POST"])
+    guarded.add_api_route("/stop_expert_distribution_record", service.stop_recording, methods=["POST"])
+    guarded.add_api_route("/dump_expert_distribution_record", service.dump_recording, methods=["POST"])
     app.include_router(guarded)
     for kind in KNOWN:
         app.add_exception_handler(kind, _known_error)

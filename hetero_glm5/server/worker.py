@@ -89,6 +89,7 @@ class EngineWorker:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequences: dict[Sequence, tuple[Generation, int]] = {}  # the engine thread's
         self._generations: set[Generation] = set()  # the loop's
+        self._answers: set[asyncio.Future[Any]] = set()  # that ask() waits for; the loop's
         self._stopping = False
         self._busy_since: float | None = None  # when the step in progress began
         self._failures = 0  # steps in a row that raised; the engine thread's
@@ -130,8 +131,7 @@ class EngineWorker:
 
         Raises NotReady, RequestError, QueueFull or GenerationFailed; the last three may also come with the events.
         """
-        if self.state != "ready":
-            raise NotReady(self.failure or "The model is still loading; see /health.")
+        self._check_ready()
         generation = Generation(prompts, params)
         self._generations.add(generation)
         self._commands.put(lambda: self._add(generation))
@@ -148,9 +148,29 @@ class EngineWorker:
         if generation.unfinished:
             self._commands.put(lambda: self._abort(generation))
 
+    async def ask(self, question: Callable[[Any], Any]) -> Any:
+        """Calls question(engine) on the engine's thread, between two steps, and returns what that returns.
+
+        Raises NotReady, what a question raises as a RequestError, and anything else as GenerationFailed.
+        """
+        self._check_ready()
+        answer: asyncio.Future[Any] = self._loop.create_future()
+        self._answers.add(answer)
+        self._commands.put(lambda: self._answer(question, answer))
+        try:
+            return await answer
+        finally:
+            self._answers.discard(answer)
+
+    def _check_ready(self) -> None:
+        if self.state != "ready":
+            raise NotReady(self.failure or "The model is still loading; see /health.")
+
     def _fail_all(self, message: str) -> None:
         for generation in self._generations:
             generation.queue.put_nowait(GenerationFailed(message))
+        for answer in self._answers:
+            _settle(answer, GenerationFailed(message))
 
     def _ready(self) -> None:
         self.state = "ready"
@@ -242,8 +262,7 @@ class EngineWorker:
             for tokens in generation.prompts:
                 added.append(self._engine.add(tokens, generation.params))
         except Exception as error:  # one request's failure is not the others'
-            known = isinstance(error, RequestError | QueueFull)
-            answer = error if known else GenerationFailed(f"The engine failed: {type(error).__name__}: {error}")
+            answer = _told(error)
             for seq in added:
                 self._engine.abort(seq)
         else:
@@ -254,6 +273,13 @@ class EngineWorker:
         for seq in [seq for seq, (owner, _) in self._sequences.items() if owner is generation]:
             del self._sequences[seq]
             self._engine.abort(seq)
+
+    def _answer(self, question: Callable[[Any], Any], answer: asyncio.Future[Any]) -> None:
+        try:
+            found = question(self._engine)
+        except Exception as error:  # it is the asker's
+            found = _told(error)
+        self._call(_settle, answer, found)
 
     def _set_stopping(self) -> None:
         self._stopping = True
@@ -278,6 +304,22 @@ class EngineWorker:
                 message = f"The engine finished no step for {self._timeout:g} s (--watchdog-timeout); giving up."
                 self._call(self._die, message)
                 return
+
+
+def _told(error: Exception) -> Exception:
+    """How a client hears of it."""
+    if isinstance(error, RequestError | QueueFull):
+        return error
+    return GenerationFailed(f"The engine failed: {type(error).__name__}: {error}")
+
+
+def _settle(answer: asyncio.Future[Any], found: Any) -> None:
+    if answer.done():  # nobody waits any more
+        return
+    if isinstance(found, Exception):
+        answer.set_exception(found)
+    else:
+        answer.set_result(found)
 
 
 def _deliver(told: list[tuple[Generation, int, TokenEvent]]) -> None:

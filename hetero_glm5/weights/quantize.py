@@ -175,6 +175,12 @@ class PackedExperts:
         self._check(expert)
         return torch.from_numpy(self.weights.blob(expert))
 
+    def pieces(self, expert: int) -> list[tuple[int, Tensor]]:
+        """What the blob is made of, whether or not it is divided: (offset in the blob, uint8 view of the memory).
+        KeyError if the expert is not resident."""
+        self._check(expert)
+        return [(offset, torch.from_numpy(memory)) for offset, memory in self.weights.pieces(expert)]
+
     def read(self, expert: int) -> Tensor:
         """A copy of the blob, uint8 [blob_bytes], whether or not it is divided. KeyError if it is not resident."""
         self._check(expert)

@@ -1,4 +1,4 @@
-"""`hetero-glm5 bench quality` from end to end on a tiny random model, and its JSON."""
+"""`hetero-glm5 bench quality` from end to end on a tiny random model, and its JSON; what `bench machine` shows."""
 
 import json
 import math
@@ -9,9 +9,12 @@ from tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
 from hetero_glm5 import model_config
-from hetero_glm5.cli import app
+from hetero_glm5.cli import app, bench
+from hetero_glm5.placement.cost import Curve
+from hetero_glm5.placement.profile import Profile
 from hetero_glm5.quality import answers, report, texts
 from hetero_glm5.quality.routing import SHARES
+from hetero_glm5.weights.quantize import ExpertLayout
 
 KINDS = ("sums", "stories")  # documents of the others are long
 
@@ -27,8 +30,8 @@ def small(monkeypatch):
     monkeypatch.setattr(texts, "LOOKED", 1)
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, ["bench", "quality", *map(str, arguments)], env={"COLUMNS": "200"})
+def run(*arguments, command="quality", code=0):
+    result = CliRunner().invoke(app, ["bench", command, *map(str, arguments)], env={"COLUMNS": "200"})
     assert result.exit_code == code, result.output
     return result
 
@@ -63,10 +66,12 @@ def test_the_report(checkpoints, tmp_path, small):
     assert list(sparse) == ["index_topk", "length", "own", "all"] and sparse["length"] == 4 * sparse["index_topk"] == 64
     assert sparse["all"]["ratio"] != 1 and 0 <= sparse["own"]["tokens"] < sparse["all"]["tokens"] <= 2 * 64
 
-    asked = {name: marks["asked"] for name, marks in found["answers"].items()}
+    assert list(found["answers"]) == list(found["perplexity"])
+    answered = found["answers"]["INT4"]
+    asked = {name: marks["asked"] for name, marks in answered.items()}
     tools = {name: asked.pop(name) for name in list(asked) if name.startswith("tools")}
     assert asked == {"sums": 2, "project": 2, "chats": 2, "recall 64": 1} and sum(tools.values()) == 2
-    assert all((marks["well_formed"] is None) == ("calls" not in name) for name, marks in found["answers"].items())
+    assert all((marks["well_formed"] is None) == ("calls" not in name) for name, marks in answered.items())
 
     places = found["drafting"]["all"]["places"]
     assert list(found["drafting"]) == [*report.ASKED_KINDS, "all"] and len(places) == 3
@@ -80,7 +85,7 @@ def test_the_report(checkpoints, tmp_path, small):
         and list(routing["shares"]) == [f"{share:g}" for share in SHARES]
     )
     assert all(0 < bits < 4 for bits in routing["entropy"]) and len(routing["entropy"]) == 3
-    for words in ("INT4", "1 deferred", *found["answers"], "entropy", "to dense", "MTP drafts"):
+    for words in ("INT4", "1 deferred", *answered, "entropy", "to dense", "MTP drafts"):
         assert words in output, words
     assert re.search(rf"{re.escape(folder.name)}, seed 0, .* \d+ s", output)
 
@@ -100,7 +105,7 @@ def test_what_a_model_has_not_is_left_out(checkpoints, tmp_path, small):
     folder = tiny_checkpoint(checkpoints, dtype="bfloat16", **short)
     output = run("--model", folder, "--count", 1, "--methods", "BF16", "--json", tmp_path / "json").stdout
     found = json.loads((tmp_path / "json").read_text())
-    assert found["drafting"] is None and found["sparse"] is None and "recall 5000" not in found["answers"]
+    assert found["drafting"] is None and found["sparse"] is None and "recall 5000" not in found["answers"]["BF16"]
     assert len(found["left_out"]) >= 3 and all(f"left out: {sentence[:40]}" in output for sentence in found["left_out"])
 
 
@@ -118,3 +123,31 @@ def test_errors_are_one_sentence(tmp_path, monkeypatch, flags, sentence):
     monkeypatch.setattr(model_config, "DEMO_FOLDER", tmp_path)
     output = run(*flags, code=1).stderr
     assert output.splitlines()[-1].startswith(sentence) and "Traceback" not in output
+
+
+def test_the_machine(tmp_path, monkeypatch):
+    curve = Curve((1.0, 32.0, 512.0), (2e-12, 4e-12, 50e-12))
+    asked = []
+
+    def measured(methods, *, threads, seconds, tell):
+        asked.append((methods, threads, seconds))
+        tell("INT4 on the host")
+        return Profile("a processor", "avx512", 16, None, {"torch": "2"}, dict.fromkeys(methods, curve), {}, None, 3e-5)
+
+    monkeypatch.setattr(bench, "calibrate", measured)
+    file = tmp_path / "machine.json"
+    result = run("--methods", "amxint4,FP8", "--seconds", 5, "--threads", 16, "--out", file, command="machine")
+    assert asked == [(("INT4", "FP8"), 16, 5.0)] and list(Profile.load(file).host) == ["INT4", "FP8"]
+    assert "INT4 on the host" in result.stderr
+    ms = 1e3 * ExpertLayout("INT4", 6144, 2048).blob_bytes * curve.seconds[0]
+    assert re.search(rf"INT4 +{ms:.2f} +500\.0 +\d+\n", result.stdout), result.stdout
+    for words in ("host: a processor", "no CUDA device here", "avx512, 16 threads, 30 µs"):
+        assert words in result.stdout, words
+
+
+def test_the_machine_errors_are_one_sentence():
+    for flags, sentence in (
+        (["--methods", "INT5"], "error: --kt-method is 'INT5'"),
+        (["--out", "no/such/folder/out.json"], "error: --out no/such/folder/out.json: "),
+    ):
+        assert run(*flags, command="machine", code=1).stderr.startswith(sentence)

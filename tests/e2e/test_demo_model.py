@@ -73,7 +73,8 @@ def test_what_is_claimed_of_it():
     ratios = {method: row["ratio"] for method, row in found["perplexity"].items()}
     assert abs(ratios["INT8"] - 1) <= 0.005 and abs(ratios["FP8"] - 1) <= 0.01 and abs(ratios["INT4"] - 1) <= 0.03
     assert abs(found["sparse"]["all"]["ratio"] - 1) <= 0.03
-    shares = {task: marks["right"] / marks["asked"] for task, marks in found["answers"].items()}
-    assert shares["sums"] >= 0.95 and shares["project"] >= 0.95 and shares["chats"] >= 0.85
-    assert shares["recall 2048"] >= 0.3 and shares["tools: calls"] >= 0.4  # wanted are 0.9 and 0.95
+    for method, answers in found["answers"].items():
+        shares = {task: marks["right"] / marks["asked"] for task, marks in answers.items()}
+        assert shares["sums"] >= 0.95 and shares["project"] >= 0.95 and shares["chats"] >= 0.85, method
+        assert shares["recall 2048"] >= 0.85 and shares["tools: calls"] >= 0.85, method  # of 10 and of about 30
     assert found["drafting"]["all"]["shares"][0] >= 0.7

@@ -1,6 +1,7 @@
 """Nothing changes the tokens: fp32 greedy output is the same wherever experts are and however work is cut."""
 
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hetero_glm5.core import SamplingParams, UserError
 from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.experts.cpu_tier import CpuExperts
 from hetero_glm5.llm import LLM
+from hetero_glm5.placement.cost import Costs, Curve
 from hetero_glm5.weights.quantize import PackedExperts
 
 PROMPTS = [random_ids(30, seed=1), random_ids(5, seed=2), random_ids(61, seed=3)]
@@ -96,6 +98,77 @@ def test_host_experts_on_a_stream(folder, plain, standin):
         assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == plain
         assert llm.engine.pool._streams.keys() == {(0, stream.handle)}
     stream.destroy()
+
+
+CHEAP_LINK = Costs(1 << 20, Curve((1,), (1e-9,)), Curve((1,), (1e-12,)), link=1e12, host_call=0, device_call=0)
+MOVING = {
+    "migration": {"kt_enable_dynamic_expert_update": True, "kt_num_gpu_experts": 5},
+    "divided prefill": {"kt_gpu_prefill_token_threshold": "4"},
+    "both": {
+        "kt_enable_dynamic_expert_update": True,
+        "kt_num_gpu_experts": 3,
+        "kt_gpu_prefill_token_threshold": "16",
+        "chunked_prefill_size": 20,
+    },
+}
+
+
+@pytest.mark.parametrize("what", MOVING)
+@pytest.mark.parametrize("on_a_stream", [False, True])
+def test_experts_that_move(folder, plain, monkeypatch, standin, what, on_a_stream):
+    """Under concurrent load, with misses that are fetched, and streamed experts; a cheap link makes all of it pay."""
+    monkeypatch.setattr("hetero_glm5.engine.engine._costs", lambda config, layout: CHEAP_LINK)
+    flags = {"max_total_tokens": 512, "page_size": 8, "latent_norm_eps": LATENT_EPS} | MOVING[what]
+    stream = PatientStream(standin, most_delay=50)
+    with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
+        tiers, copied = llm.engine.tiers, Counter()
+        if on_a_stream:
+            tiers.stream = lambda device: stream
+        for line, copies in _lines(tiers).items():
+            copy = copies.copy
+            copies.copy = lambda *args, copy=copy, line=line: (copied.update([line]), copy(*args))
+        first = None if tiers.adaptation is None else tiers.adaptation.slot_of.copy()
+        for prompts, tokens in ((PROMPTS, plain), (PROMPTS[::-1], plain[::-1])):
+            assert [output.token_ids for output in llm.generate(prompts, GREEDY)] == tokens
+        assert copied.keys() == _lines(tiers).keys()
+        assert first is None or (first != tiers.adaptation.slot_of).any()
+    stream.destroy()
+
+
+def _lines(tiers):
+    """What copies experts, by what for."""
+    lines = {}
+    if tiers.adaptation is not None:
+        lines |= {"moves": tiers.adaptation.mover.background, "fetches": tiers.adaptation.mover.urgent}
+    return lines if tiers.divided is None else lines | {"streamed": tiers.divided.copies}
+
+
+def test_a_copy_that_fails_ends_only_its_step(folder, plain, monkeypatch):
+    """A fetch that fails is the step's error; the next requests find every expert where it is said to be."""
+    monkeypatch.setattr("hetero_glm5.engine.engine._costs", lambda config, layout: CHEAP_LINK)
+    flags = {"max_total_tokens": 512, "page_size": 8, "latent_norm_eps": LATENT_EPS} | MOVING["migration"]
+    with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
+        urgent = llm.engine.tiers.adaptation.mover.urgent
+        copy = urgent.copy
+
+        def fail(target, source):
+            target.fill_(0xFF)
+            raise RuntimeError("the link is down")
+
+        urgent.copy = fail
+        with pytest.raises(RuntimeError, match="the link is down"):
+            llm.generate(PROMPTS, GREEDY)
+        urgent.copy = copy
+        assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == plain
+
+
+def test_deferral_is_the_same_for_every_batch(folder, plain):
+    """It changes results, but a token's do not depend on its batch mates, chunks or threads."""
+    flags = {"kt_max_deferred_experts_per_token": 2, "kt_num_gpu_experts": 3}
+    tokens = generate(folder, **flags)
+    assert tokens != plain
+    assert [generate(folder, [prompt], **flags)[0] for prompt in PROMPTS] == tokens
+    assert generate(folder, chunked_prefill_size=7, kt_cpuinfer=1, **flags) == tokens
 
 
 def test_an_error_on_a_stream_ends_the_step(folder, plain, standin):

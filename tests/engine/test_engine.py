@@ -1,9 +1,14 @@
+import numpy as np
 import pytest
+import torch
+from oracle import random_ids
 from tiny import tiny_checkpoint
 
 from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import SamplingParams
 from hetero_glm5.engine.engine import Engine
+from hetero_glm5.llm import LLM
+from hetero_glm5.quality.tracing import record
 
 FOUR = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
@@ -50,3 +55,37 @@ def test_aborts_are_final_wherever_the_sequence_is(engine):
 
 def test_an_idle_engine_steps_for_nothing(engine):
     assert not engine.busy and engine.step() == []
+
+
+def test_the_report_counts_what_moving_experts_takes(checkpoints, caplog):
+    moves = {"kt_num_gpu_experts": 2, "kt_enable_dynamic_expert_update": True, "kt_gpu_prefill_token_threshold": "64"}
+    config = EngineConfig(model=str(tiny_checkpoint(checkpoints)), device="cpu", max_total_tokens=256, **moves)
+    with caplog.at_level("INFO"):
+        Engine.load(config).close()
+    assert "6 device experts" in caplog.text and "2 staging slots" in caplog.text
+    assert "host tier: 48 experts" in caplog.text and "6 of them on the device too" in caplog.text
+
+
+@pytest.mark.parametrize("held", [0, 4])
+def test_a_dump_counts_what_a_trace_holds(checkpoints, tmp_path, held):
+    prompts = [random_ids(length, seed=length) for length in (20, 9, 33)]
+    flags = {"record_kt_gpu_expert_distribution": True, "expert_distribution_recorder_dir": str(tmp_path)}
+    flags |= {"max_running_requests": 2, "chunked_prefill_size": 7, "kt_num_gpu_experts": held}
+    with LLM(tiny_checkpoint(checkpoints), device="cpu", skip_tokenizer=True, **flags) as llm:
+        recorder = llm.engine.recorder
+        llm.generate(prompts, FOUR)
+        recorder.start()
+        trace = record(llm, ["a"] * 3, prompts, FOUR)
+        recorder.stop()
+        llm.generate(prompts, FOUR)
+        told = recorder.dump()
+    data = torch.load(told["file"], weights_only=True)
+    for phase, rows in (("decode", trace.decode), ("prefill", ~trace.decode)):
+        ids = trace.ids[rows].transpose(1, 0, 2).reshape(3, -1)
+        want = np.stack([np.bincount(layer, minlength=16) for layer in ids])
+        assert np.array_equal(data[f"{phase}_count"][2:], want)
+        assert np.array_equal(data[f"gpu_{phase}_count"][2:, :held], want[:, :held])
+        assert not data[f"gpu_{phase}_count"][2:, held:].any()
+        assert told["tokens"][phase] == rows.sum() > 0
+        assert told["hit_rate"][phase] == want[:, :held].sum() / want.sum()
+    assert told["steps"] == trace.step[-1] + 1 == len(data["gpu_expert_masks"])

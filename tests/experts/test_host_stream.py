@@ -72,6 +72,15 @@ def destroy(streams: list[Stream], pool: HostPool) -> None:
         stream.destroy()
 
 
+def test_pinned_bytes_are_what_the_slots_take(own):
+    stream, experts = own
+    for number in range(SLOTS):
+        experts.start(stream, *call(experts, MOST_TOKENS))()
+        hidden, held = experts.packed.layout.hidden, experts.pool._streams[stream.device, stream.handle]._memory
+        each = HostStream.pinned_bytes(MOST_TOKENS, hidden, TOPK, itemsize=4) // SLOTS
+        assert [memory.nbytes for memory in held] == [each] * (number + 1) + [0] * (SLOTS - number - 1)
+
+
 def run_schedule(streams: list[Stream], calls, seed: int) -> int:
     """Starts and joins random calls on random streams, some of which are never joined; -> the number of right results.
     Errors come out of a start or of the check after the synchronisation, and no other call is touched."""

@@ -29,7 +29,6 @@ def test_frequency_takes_the_most_counted():
         policy.place("frequency", 6, 8, 3)
 
 
-def test_slots_number_the_chosen_experts_of_the_moe_layers():
+def test_slots_number_the_chosen_experts():
     chosen = np.array([[True, False, True], [False, False, True]])
-    slot_of = policy.slots(chosen, (1, 3), 5)
-    assert slot_of.tolist() == [[-1] * 3, [0, -1, 1], [-1] * 3, [-1, -1, 2], [-1] * 3]
+    assert policy.slots(chosen).tolist() == [[0, -1, 1], [-1, -1, 2]]

@@ -1,12 +1,27 @@
+"""Decayed counts, and the files that hold them: what is written is read, also as SGLang writes it."""
+
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hetero_glm5.core import UserError
-from hetero_glm5.placement.stats import load_counts
+from hetero_glm5.demo.configs import tiny_config
+from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.placement.stats import RoutingStats, load_counts, save_tensors
 
+MODEL = ModelConfig.parse(tiny_config(n_routed_experts=4, num_experts_per_tok=2))  # 5 layers, the last 3 MoE
 COUNTS = torch.arange(2 * 5 * 4).view(2, 5, 4)
+
+
+def routed(rng, tokens):
+    """int64 [3, 4]: what `tokens` tokens add in each MoE layer."""
+    return np.stack(
+        [
+            np.bincount(rng.permuted(np.tile(np.arange(4), (tokens, 1)), axis=1)[:, :2].ravel(), minlength=4)
+            for _ in range(3)
+        ]
+    )
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -15,7 +30,7 @@ def test_counts_of_all_layers_or_of_moe_layers(tmp_path, suffix, every_layer):
     data = {"logical_count": COUNTS if every_layer else COUNTS[:, 2:].contiguous()}
     path = tmp_path / f"counts{suffix}"
     torch.save(data, path) if suffix == ".pt" else save_file(data, str(path))
-    counts = load_counts(str(path), (2, 3, 4), 5, 4)
+    counts = load_counts(str(path), MODEL)
     assert np.array_equal(counts, COUNTS.sum(0)[2:].numpy())
 
 
@@ -33,7 +48,7 @@ def test_counts_of_all_layers_or_of_moe_layers(tmp_path, suffix, every_layer):
 def test_files_that_do_not_fit(tmp_path, data, words):
     torch.save(data, tmp_path / "c.pt")
     with pytest.raises(UserError, match=words):
-        load_counts(str(tmp_path / "c.pt"), (2, 3, 4), 5, 4)
+        load_counts(str(tmp_path / "c.pt"), MODEL)
 
 
 @pytest.mark.parametrize("name", ["absent.pt", "absent.safetensors", "junk.pt", "junk.safetensors"])
@@ -41,4 +56,64 @@ def test_files_that_cannot_be_read(tmp_path, name):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="cannot be read|is no file"):
-        load_counts(str(tmp_path / name), (2, 3, 4), 5, 4)
+        load_counts(str(tmp_path / name), MODEL)
+
+
+def test_a_selection_counts_half_after_the_half_life():
+    rng = np.random.default_rng(0)
+    stats = RoutingStats(MODEL, half_life=32)
+    first, second, prefill = routed(rng, 5), routed(rng, 24), routed(rng, 300)
+    stats.add(first, np.zeros_like(first))
+    stats.add(np.zeros_like(first), prefill)  # the other phase's tokens do not count
+    stats.add(routed(rng, 8), np.zeros_like(first))
+    before = stats.counts.copy()
+    stats.add(second, np.zeros_like(first))
+    assert np.allclose(stats.counts[0], before[0] * 2 ** (-24 / 32) + second)
+    assert np.array_equal(stats.counts[1], prefill) and before[0].sum() < 13 * 2 * 3
+    assert stats.tokens == pytest.approx(((5 * 2**-0.25 + 8) * 2**-0.75 + 24, 300))
+
+
+def test_steps_merge_where_nothing_fades():
+    rng = np.random.default_rng(1)
+    steps = [(routed(rng, d), routed(rng, p)) for d, p in ((1, 0), (0, 9), (3, 4), (0, 0))]
+    one_by_one, together = RoutingStats(MODEL), RoutingStats(MODEL)
+    for step in steps:
+        one_by_one.add(*step)
+    together.add(*(sum(parts) for parts in zip(*steps, strict=True)))
+    assert np.array_equal(one_by_one.counts, together.counts) and one_by_one.tokens == (4, 13)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("half_life", [100.0, float("inf")])
+def test_saved_statistics_are_read_again(tmp_path, suffix, half_life):
+    rng = np.random.default_rng(2)
+    stats, again = RoutingStats(MODEL, half_life), RoutingStats(MODEL, half_life)
+    for _ in range(3):
+        stats.add(routed(rng, 7), routed(rng, 50))
+    path = tmp_path / f"stats{suffix}"
+    stats.save(path)
+    again.load(path)
+    assert np.array_equal(again.counts, stats.counts) and stats.counts.all()
+    assert np.array_equal(load_counts(str(path), MODEL), stats.counts.sum(0))
+    written = torch.load(path, weights_only=True) if suffix == ".pt" else load_file(path)
+    assert written["logical_count"].shape == (1, 5, 4) and not written["logical_count"][0, :2].any()
+    assert written["logical_count"].is_floating_point() == (half_life == 100.0)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_statistics_of_another_model_or_kind_are_refused(tmp_path):
+    RoutingStats(MODEL).save(tmp_path / "ours.pt")
+    with pytest.raises(UserError, match="counts 5 layers of 4 experts; this model has 5 layers .3 MoE. of 8"):
+        RoutingStats(ModelConfig.parse(tiny_config(n_routed_experts=8, num_experts_per_tok=2))).load(
+            tmp_path / "ours.pt"
+        )
+    torch.save({"logical_count": COUNTS}, tmp_path / "sglang.pt")
+    with pytest.raises(UserError, match='sglang.pt has no real tensor "decode_count"'):
+        RoutingStats(MODEL).load(tmp_path / "sglang.pt")
+
+
+@pytest.mark.parametrize("name", ["absent/c.pt", "absent/c.safetensors"])
+def test_a_file_that_cannot_be_written(tmp_path, name):
+    with pytest.raises(OSError, match=f"{name} cannot be written"):
+        save_tensors(tmp_path / name, {"logical_count": np.zeros((1, 2, 3))})
+    assert not list(tmp_path.iterdir())

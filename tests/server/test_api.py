@@ -7,8 +7,13 @@ import time
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
+import torch
 
+from hetero_glm5.demo.configs import tiny_config
+from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.placement.record import DistributionRecorder
 from hetero_glm5.server import api, streaming
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -347,3 +352,76 @@ def test_a_client_that_leaves_while_sending_is_no_error(serve, caplog):
     wait_until(lambda: not served.server.server_state.tasks)
     assert served.http.get("/health").status_code == 200
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+START, STOP, DUMP = (f"/{verb}_expert_distribution_record" for verb in ("start", "stop", "dump"))
+
+
+def recorded(engine, folder) -> list[int]:
+    """Gives the engine a recorder that hears of each of its steps; returns a list whose length is how many it had."""
+    engine.recorder, steps = DistributionRecorder(ModelConfig.parse(tiny_config()), str(folder), 10), []
+    counts = np.ones((3, 16), dtype=np.int64)
+
+    def observe():
+        steps.append(1)
+        engine.recorder.observe(counts, 2 * counts, counts > 0)
+        time.sleep(0.001)
+
+    engine.before_step = observe
+    return steps
+
+
+def test_the_expert_distribution_is_recorded_while_requests_run(serve, fake_engine, tmp_path):
+    engine = fake_engine(lambda prompt: ["x"] * 100_000)
+    steps = recorded(engine, tmp_path)
+    served = serve(engine)
+    files = []
+    with served.http.stream("POST", TEXT, json={"prompt": "a", "max_tokens": 100_000, "stream": True}) as answer:
+        lines = answer.iter_lines()  # without it the connection would be closed
+        assert next(lines)
+        began = len(steps)
+        assert served.http.post(START).json() == {"recording": True}
+        for _ in range(5):
+            until = len(steps) + 4
+            wait_until(lambda until=until: len(steps) >= until)
+            files.append(served.http.post(DUMP).json())
+        assert served.http.post(STOP).json() == {"recording": False}
+        ended = len(steps)
+        wait_until(lambda: len(steps) > ended + 3)
+    total = sum(dump["steps"] for dump in files)
+    assert 20 <= total <= ended - began
+    for dump in files:
+        data = torch.load(dump["file"], weights_only=True)
+        assert data["decode_count"].sum() == dump["steps"] * 3 * 16 == data["prefill_count"].sum() / 2
+        assert dump["hit_rate"] == {"decode": 1.0, "prefill": 1.0}
+
+
+def test_recordings_that_cannot_be_are_told(serve, fake_engine, tmp_path):
+    engine = fake_engine()
+    recorded(engine, tmp_path)
+    served = serve(engine, api_key="secret")
+    assert served.http.post(START).status_code == 401
+    served.http.headers["Authorization"] = "Bearer secret"
+    for route, status, sentence in (
+        (STOP, 400, "is not being recorded"),
+        (DUMP, 400, "nothing to dump"),
+        (START, 200, ""),
+        (START, 400, "is being recorded already"),
+        (DUMP, 400, "no step was computed"),
+    ):
+        answer = served.http.post(route)
+        assert answer.status_code == status and sentence in answer.text
+    assert served.http.post(TEXT, json={"prompt": "a", "max_tokens": 2}).status_code == 200
+    tmp_path.rename(tmp_path.with_name("elsewhere"))
+    answer = served.http.post(DUMP)
+    assert answer.status_code == 500 and "cannot be written" in answer.json()["error"]["message"]
+    tmp_path.with_name("elsewhere").rename(tmp_path)
+    assert served.http.post(DUMP).json()["steps"] == 2
+    assert served.http.get(START).status_code == 405
+
+
+def test_no_recording_while_loading(serve, fake_engine):
+    go = threading.Event()
+    served = serve(lambda progress: (go.wait(10), fake_engine())[1], wait=False)
+    assert served.http.post(START).status_code == 503
+    go.set()

@@ -274,3 +274,64 @@ def test_a_refusal_after_the_patience_comes_with_the_events(fake_engine):
         await worker.stop()
 
     asyncio.run(main())
+
+
+def test_questions_are_answered_between_steps(fake_engine):
+    async def main():
+        engine, inside = fake_engine(lambda prompt: ["x"] * 1_000_000), threading.Event()
+
+        def step():
+            inside.set()
+            time.sleep(0.002)
+            inside.clear()
+
+        engine.before_step = step
+        worker = await started(engine)
+        generation = await worker.submit([[1]], SamplingParams())
+        for number in range(20):
+            answer = await worker.ask(
+                lambda engine, number=number: (number, inside.is_set(), threading.current_thread().name)
+            )
+            assert answer == (number, False, "engine")
+        worker.close(generation)
+        await worker.stop()
+
+    asyncio.run(main())
+
+
+def test_what_a_question_raises_is_the_askers(fake_engine):
+    def fail(error):
+        def question(engine):
+            raise error
+
+        return question
+
+    async def main():
+        worker = await started(fake_engine())
+        with pytest.raises(RequestError, match="^not now$"):
+            await worker.ask(fail(RequestError("not now")))
+        with pytest.raises(GenerationFailed, match="The engine failed: OSError: disk full"):
+            await worker.ask(fail(OSError("disk full")))
+        assert await text_of(worker, [1])
+        await worker.stop()
+
+    asyncio.run(main())
+
+
+def test_an_asker_may_leave_and_an_engine_may_hang(fake_engine):
+    async def main():
+        engine, entered, release = fake_engine(), threading.Event(), threading.Event()
+        with pytest.raises(NotReady):
+            await EngineWorker(lambda progress: engine, watchdog_timeout=9).ask(lambda engine: 1)
+        worker = await started(engine, watchdog_timeout=0.3)
+        engine.before_step = lambda: (entered.set(), release.wait(10))
+        generation = await worker.submit([[1]], PARAMS)
+        await asyncio.to_thread(entered.wait, 5)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(worker.ask(lambda engine: 1), 0.01)
+        with pytest.raises(GenerationFailed, match="finished no step"):
+            await worker.ask(lambda engine: 1)
+        worker.close(generation)
+        release.set()
+
+    asyncio.run(main())
