@@ -27,7 +27,7 @@ TOPICS = 16
 BASE, TOPIC, PASSAGE_SCALE = (0.87, 0.97), (0.82, 1.03), 1.5  # deviations at recency 0 and 1
 PASSAGE = 20.0
 TINY = np.float32(1e-30)
-FLAT, FLAT_LAYERS = 0.78, 0.15  # all deviations in the first layer, rising to 1 over this share of the layers
+FLAT, FLAT_LAYERS = 0.65, 0.15  # all deviations in the first layer, rising to 1 over this share of the layers
 
 
 @dataclass(frozen=True)
