@@ -1,7 +1,8 @@
 """How often each expert will be used soon, learned from how often it was.
 
-An expert's past is a few rates of use, averaged over half-lives from one step to thousands; the tokens of a prefill
-count as if they had been decoded. What it will do in the next HORIZON steps is a weighted sum of these:
+An expert's past is a few rates of use, averaged over half-lives from one step to thousands: of decode alone, and of a
+history in which the tokens of prefills count as if they had been decoded, because a prompt may tell what its answer
+will use, or mislead. What the expert will do in the next HORIZON steps is a weighted sum of these:
 
     expected uses = Σ_i w_i · rate_i        w = argmin Σ |uses - w·rates|² + |w - w0|²
 
@@ -15,7 +16,8 @@ from __future__ import annotations
 import numpy as np
 
 HORIZON = 16  # steps
-HALF_LIVES = np.array([1, 4, 16, 64, 256, 2048])  # steps
+DECODE = np.array([1, 4, 16, 64, 256, 2048])  # half-lives of averages, in steps
+BOTH = np.array([32, 256])  # of those in which prefills count
 FORGET = 0.95  # what an older window counts, for each newer one
 
 
@@ -24,7 +26,7 @@ class Forecast:
     rows of one step are one use."""
 
     def __init__(self, layers: int, experts: int):
-        count = len(HALF_LIVES)
+        count = len(DECODE) + len(BOTH)
         self.expected = np.zeros((layers, experts), dtype=np.float32)
         self._averages = np.zeros((count, layers, experts), dtype=np.float32)
         self._seen = np.zeros(count)  # the averages' weight so far: an average over nothing yet is no rate of 0
@@ -39,11 +41,11 @@ class Forecast:
         """Rows routed to each expert in a step, int64 [layers, experts], of its decode and of its prefill."""
         if prefill.any():
             steps = prefill.sum() / self._usual
-            self._average(np.minimum(prefill / steps, 1), steps)
+            self._average(np.minimum(prefill / steps, 1), np.r_[0 * DECODE, steps + 0 * BOTH])
         if decode.any():
             self._usual = float(decode.sum())
             used = decode > 0
-            self._average(used, 1)
+            self._average(used, np.ones(len(self._seen)))
             self._uses += used
             self._steps += 1
             if self._steps >= HORIZON:
@@ -51,8 +53,9 @@ class Forecast:
         rates = self._weights / np.maximum(self._seen, 1e-9)
         np.einsum("f,fle->le", rates.astype(np.float32), self._averages, out=self.expected)
 
-    def _average(self, rate: np.ndarray, steps: float) -> None:
-        keep = 0.5 ** (steps / HALF_LIVES)
+    def _average(self, rate: np.ndarray, steps: np.ndarray) -> None:
+        """Each average sees `rate` for so many `steps`."""
+        keep = 0.5 ** (steps / np.concatenate((DECODE, BOTH)))
         self._seen = self._seen * keep + 1 - keep
         self._averages *= keep.astype(np.float32)[:, None, None]
         self._averages += (1 - keep).astype(np.float32)[:, None, None] * rate.astype(np.float32)

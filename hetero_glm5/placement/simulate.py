@@ -82,5 +82,7 @@ def replay(steps: Steps, planner: Planner, costs: Costs, warm_up: int = 0) -> Re
             totals[4:7] += cost.host.sum(), cost.device.sum(), busy
             totals[8] += seconds
     count = int(timed.sum())
-    means = (totals[2:] / count).tolist()
-    return Replay(count, float(totals[0] / totals[1]), *means, float(steps.rows[timed].sum() / totals[8]))
+    names = ("fetches", "moves", "host", "device", "link", "waiting", "seconds")
+    means = dict(zip(names, (totals[2:] / count).tolist(), strict=True))
+    speed = float(steps.rows[timed].sum() / totals[8])
+    return Replay(steps=count, hit_rate=float(totals[0] / totals[1]), tokens_per_second=speed, **means)

@@ -1,6 +1,7 @@
 """The forecast against routing whose future is known."""
 
 import numpy as np
+import pytest
 
 from hetero_glm5.placement.forecast import HORIZON, Forecast
 
@@ -34,13 +35,19 @@ def test_bursts_are_forecast_by_the_last_uses():
     assert forecast.expected[busy].mean() > 10 * abs(forecast.expected[~busy].mean())
 
 
-def test_a_prompt_counts_as_so_many_tokens():
-    forecast = Forecast(LAYERS, EXPERTS)
-    first = np.where(np.arange(EXPERTS) < 8, 1, 0) * np.ones((LAYERS, 1), dtype=np.int64)
-    for _ in range(64):
-        forecast.observe(first, NOTHING)
-    forecast.observe(NOTHING, 300 * first[:, ::-1])
-    assert (forecast.expected[:, -8:] > 2 * forecast.expected[:, :8]).all()
+@pytest.mark.parametrize("tells", [True, False])
+def test_prompts_are_trusted_as_far_as_they_have_been_right(tells):
+    """Each request's answer uses eight experts of a layer, which its prompt names, or all experts alike."""
+    rng, forecast = np.random.default_rng(3), Forecast(LAYERS, EXPERTS)
+    for _ in range(16):
+        chosen = rng.permuted(np.arange(EXPERTS) < 8)
+        rates = np.where(chosen, 0.5, 0.01) if tells else np.full(EXPERTS, 0.07)
+        forecast.observe(NOTHING, 40 * chosen + NOTHING)
+        after = forecast.expected.copy()
+        for _ in range(40):
+            forecast.observe((rng.random(NOTHING.shape) < rates).astype(np.int64), NOTHING)
+    named, others = after[:, chosen].mean(), after[:, ~chosen].mean()
+    assert named > 2 * others if tells else named < 1.5 * others
 
 
 def test_the_same_counts_give_the_same_forecast():
