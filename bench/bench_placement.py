@@ -1,6 +1,6 @@
 """Adaptive placement beside all others and beside what bounds it, on synthetic traces that drift at three speeds.
 
-    python bench/bench_placement.py [--machines rtx5090,rtx4090] [--layers 25] [--steps 1500] [--users 1] [--json FILE]
+    python bench/bench_placement.py [--machines rtx5090,rtx4090] [--layers 25] [--steps 3000] [--users 1] [--json FILE]
 
 For each machine, length of a topic and share of experts on the device: the hit rate of every policy; the copies in a
 step of LRU and of adaptive; `bound`, what no planner can exceed with as many fetches as adaptive had copies, knowing
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machines", default=",".join(MACHINES))
     parser.add_argument("--layers", type=int, default=25)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--users", type=int, default=1)
     parser.add_argument("--recency", type=float, default=1.0)
     parser.add_argument("--json", type=Path)
