@@ -152,9 +152,10 @@ template <class F, int NV, int MT> struct DotKernel {
 
 template <class F> constexpr Kernels<F, DotKernel, DotPiece> kDotKernels;
 
-inline const uint32_t* choices_of(const GemmArgs& g, int64_t line) {  // null: none are made
+inline const uint32_t* choices_of(const GemmArgs& g, int64_t line, int vector) {  // null: none are made
   if (!g.layout->quantization.choices) return nullptr;
-  return reinterpret_cast<const uint32_t*>(g.tile + g.layout->choice_offset) + line / kChoiceLines * kTileRows;
+  const auto* words = reinterpret_cast<const uint32_t*>(g.tile + g.layout->choice_offset);
+  return words + line / kChoiceLines * kTileRows + vector * kLanes;
 }
 
 // Lines [begin, end) of INT4 as twice as many of INT8, kVectors from `first` on. begin: a multiple of 128 columns.
@@ -162,9 +163,7 @@ inline void widen(const GemmArgs& g, int first, int64_t begin, int64_t end, uint
   BookChoice choice[kVectors];
   for (int64_t n = begin; n < end; n++, out += 2 * kLineBytes)
     for (int i = 0; i < kVectors; i++) {
-      const uint32_t* choices = choices_of(g, n);
-      if (n % kChoiceLines == 0)
-        choice[i] = choose_books(g.layout->quantization.books, choices == nullptr ? nullptr : choices + (first + i) * kLanes);
+      if (n % kChoiceLines == 0) choice[i] = choose_books(g.layout->quantization.books, choices_of(g, n, first + i));
       Bytes low, high;
       look_up(g.tile + n * kLineBytes + (first + i) * kVectorBytes, choice[i], low, high);
       store_line(out + i * kVectorBytes, low), store_line(out + kLineBytes + i * kVectorBytes, high);
@@ -184,7 +183,8 @@ template <IntegerFormat F> void gemm_int(const GemmArgs& args) {
   alignas(64) uint8_t widened[kWidens ? kPieceK<F> / Int8::line_k * kLineBytes : 64];
   DotPiece p;
   p.books = m.quantization.books;
-  p.group_lines = m.quantization.group / (widens ? Int8::line_k : F::line_k), p.block_groups = kInputBlock / m.quantization.group, p.parts = m.parts;
+  p.group_lines = m.quantization.group / (widens ? Int8::line_k : F::line_k);
+  p.block_groups = kInputBlock / m.quantization.group, p.parts = m.parts;
   each_vectors(g, [&](int first, const uint8_t* next) {
     p.next_tile = next - g.tile;
     each_stretch<F>(m, g.tile + first * kVectorBytes, next + first * kVectorBytes, blocks.count, [&](int b, const Stretch& s) {
@@ -193,8 +193,7 @@ template <IntegerFormat F> void gemm_int(const GemmArgs& args) {
       p.w = g.tile + s.begin * kLineBytes + first * kVectorBytes;
       p.scales = reinterpret_cast<const uint16_t*>(g.tile + m.scale_offset) + group * kTileRows + first * kLanes;
       p.groups = s.lines * F::line_k / m.quantization.group;
-      p.choices = choices_of(g, s.begin);
-      if (p.choices != nullptr) p.choices += first * kLanes;
+      p.choices = choices_of(g, s.begin, first);
       const InputPlace row = input_place<F>(const_cast<uint32_t*>(g.x) + blocks.start(b) * m.words, m, width);
       p.x = row.at(m, group, width);
       p.before = group == 0 ? row.scales : p.x.scales - 2 * width;
