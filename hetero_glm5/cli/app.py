@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from hetero_glm5.cli import bench, trace
 from hetero_glm5.cli.quantize import quantize
+from hetero_glm5.cli.simulate import simulate
 from hetero_glm5.cli.verify import verify
 from hetero_glm5.core import UserError
 
@@ -34,4 +35,5 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.add_typer(trace.app, name="trace")
 app.command()(quantize)
+app.command()(simulate)
 app.command()(verify)

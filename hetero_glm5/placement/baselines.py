@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import numpy as np
 
 from hetero_glm5.placement.planner import Move, Static
@@ -105,3 +108,52 @@ class KTDynamic(Static):
             self.slot_of[layer, chosen] = slots
             moves += [Move(layer, e, s) for e, s in zip(chosen.tolist(), slots.tolist(), strict=True)]
         return moves
+
+
+def most_hits(steps: Steps, slots: int, fetches: int, warm_up: int = 0) -> float:
+    """Belady's optimum for a number of fetches: no planner that fetches only what it misses, `fetches` times at most in
+    the timed steps after the warm-up, hits a larger share of uses, whatever is in its `slots` when they begin.
+
+    It is the dual bound. Let a fetch cost `fetch` hits and a slot `rent` hits for a step: then each expert can be
+    decided for itself, and what all gain together, with the fetches and slots there are paid back, bounds the optimum
+    for any prices. The prices with the lowest bound are searched, one after the other.
+    """
+    timed = steps.timed
+    timed[:warm_up] = False
+    step, layer, expert = np.nonzero(steps.decode[timed])
+    owner = layer * steps.decode.shape[2] + expert
+    order = np.argsort(owner, kind="stable")
+    owner, when = owner[order], step[order]
+    _, first, uses = np.unique(owner, return_index=True, return_counts=True)
+    most_used = np.argsort(-uses, kind="stable")
+    first, uses = first[most_used], uses[most_used]
+    rounds = [first[: np.searchsorted(-uses, -i, side="left")] + i for i in range(uses.max())]
+    times = [when[index] for index in rounds]
+    gaps = [times[0], *(now - before[: len(now)] for before, now in pairwise(times))]
+    length = int(timed.sum())
+
+    def bound(fetch: float, rent: float) -> float:
+        held, best = np.zeros(len(first)), np.zeros(len(first))  # gain with the expert in a slot, and either way
+        for gap in gaps:
+            now = len(gap)
+            held[:now] = np.maximum(held[:now] - rent * gap + 1, best[:now] - fetch)
+            best[:now] = np.maximum(best[:now], held[:now])
+        return best.sum() + fetch * fetches + rent * slots * length
+
+    fetch, rent = 0.3, 0.02
+    for _ in range(4):
+        fetch = _lowest(lambda price: bound(price, rent), 1.0)  # noqa: B023 - called at once
+        rent = _lowest(lambda price: bound(fetch, price), 1.0)  # noqa: B023
+    return bound(fetch, rent) / len(when)
+
+
+def _lowest(function: Callable[[float], float], high: float) -> float:
+    """Where a convex function of [0, high] is lowest, searched over magnitudes."""
+    grid = np.concatenate(([0.0], high * 10 ** np.linspace(-4, 0, 9)))
+    values = [function(x) for x in grid]
+    best = int(np.argmin(values))
+    low, high = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
+    for _ in range(8):
+        a, b = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, b) if function(a) < function(b) else (a, high)
+    return (low + high) / 2

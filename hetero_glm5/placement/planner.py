@@ -91,13 +91,14 @@ class Adaptive:
     def fetch(self, layer: int, tokens: np.ndarray) -> list[Move]:
         expected, slots = self._forecast.expected, self.slot_of[layer]
         used = np.flatnonzero(tokens)
-        hits, misses = used[slots[used] >= 0], used[(slots[used] < 0) & ~self._coming[layer, used]]
-        misses = misses[np.argsort(-expected[layer, misses], kind="stable")]
+        hits, misses = used[slots[used] >= 0], used[slots[used] < 0]
+        coming = self._coming[layer]
+        misses = misses[np.lexsort((-expected[layer, misses], coming[misses]))]
         most = self._fetch_count(tokens[hits], tokens[misses])
         moves = []
         for expert in misses[:most].tolist():
             victim = self._next_victim(layer, tokens)
-            if victim is None or expected.flat[victim] >= expected[layer, expert]:
+            if coming[expert] or victim is None or expected.flat[victim] >= expected[layer, expert]:
                 break
             self._taken += 1
             slot = int(self.slot_of.flat[victim])

@@ -31,6 +31,25 @@ class Replay:
     seconds: float  # of a step, waiting included
     tokens_per_second: float
 
+    @property
+    def copies(self) -> float:
+        return self.fetches + self.moves
+
+
+@dataclass
+class _Link:
+    """Moves in flight, and the seconds that the link has spent on the oldest of them."""
+
+    moves: int = 0
+    spent: float = 0.0
+
+    def late(self, free: float, copy: float) -> int:
+        """How many moves are still in flight after a step that left the link free for that long."""
+        landed = int(min(self.moves, (self.spent + free) / copy))
+        self.moves -= landed
+        self.spent = self.spent + free - landed * copy if self.moves else 0.0
+        return self.moves
+
 
 def replay(steps: Steps, planner: Planner, costs: Costs, warm_up: int = 0) -> Replay:
     """Raises ValueError when no timed step is left after `warm_up` steps."""
@@ -38,44 +57,32 @@ def replay(steps: Steps, planner: Planner, costs: Costs, warm_up: int = 0) -> Re
     timed[:warm_up] = False
     if not timed.any():
         raise ValueError(f"the trace has no decode step without prefill after its first {warm_up} steps")
-    totals = np.zeros(9)  # hits, uses, fetches, moves, host, device, link, waiting, seconds
-    in_flight, since = 0, 0.0  # moves, and seconds of their link time already spent
+    totals = np.zeros(9)  # hits, uses, and Replay's fields from fetches to seconds
+    link = _Link()
     for step, (decode, prefill) in enumerate(steps):
-        resident, fetched = np.empty(decode.shape, dtype=bool), np.zeros(decode.shape, dtype=bool)
+        resident, fetched = np.zeros((2, *decode.shape), dtype=bool)
         only_decode = step not in steps.prefill
         for layer, tokens in enumerate(decode):
             resident[layer] = planner.slot_of[layer] >= 0
             if only_decode:
-                for move in planner.fetch(layer, tokens):
-                    fetched[layer, move.expert] = True
+                fetched[layer, [move.expert for move in planner.fetch(layer, tokens)]] = True
         cost = costs.layers(decode, resident, fetched)
-        link = cost.link.sum()
-        if only_decode:
-            since += cost.seconds.sum() - link
-        landed = min(in_flight, int(since / costs.copy)) if only_decode else in_flight
-        since = since - landed * costs.copy if in_flight > landed else 0.0
-        moves = planner.end_step(decode, prefill, in_flight - landed)
-        in_flight -= landed
-        stopped = sum(planner.slot_of[move.layer, move.expert] == move.slot for move in moves)
-        in_flight += len(moves) - stopped
-        counted = float(timed[step])
-        waiting = stopped * costs.copy * (step >= warm_up)
-        uses = decode > 0
-        totals += counted * np.array(
-            [
-                (uses & resident).sum(),
-                uses.sum(),
-                fetched.sum(),
-                0.0,
-                cost.host.sum(),
-                cost.device.sum(),
-                link,
-                0.0,
-                cost.seconds.sum(),
-            ]
-        )
-        totals[[3, 7, 8]] += np.array([len(moves) * (step >= warm_up), waiting, waiting])
-    hits, uses = totals[:2]
-    means = totals[2:] / timed.sum()
-    tokens = steps.rows[timed].sum()
-    return Replay(int(timed.sum()), hits / uses, *means.tolist(), tokens / totals[8])
+        busy, seconds = cost.link.sum(), cost.seconds.sum()
+        late = link.late(seconds - busy if only_decode else np.inf, costs.copy) if link.moves else 0
+        moves = planner.end_step(decode, prefill, late)
+        at_once = sum(bool(planner.slot_of[move.layer, move.expert] == move.slot) for move in moves)
+        link.moves += len(moves) - at_once
+        if step < warm_up:
+            continue
+        waiting = at_once * costs.copy
+        totals += [0, 0, 0, len(moves), 0, 0, 0, waiting, waiting]
+        if timed[step]:
+            used = decode > 0
+            totals[:3] += (used & resident).sum(), used.sum(), fetched.sum()
+            totals[4:7] += cost.host.sum(), cost.device.sum(), busy
+            totals[8] += seconds
+    count = int(timed.sum())
+    names = ("fetches", "moves", "host", "device", "link", "waiting", "seconds")
+    means = dict(zip(names, (totals[2:] / count).tolist(), strict=True))
+    speed = float(steps.rows[timed].sum() / totals[8])
+    return Replay(steps=count, hit_rate=float(totals[0] / totals[1]), tokens_per_second=speed, **means)

@@ -4,7 +4,7 @@ A token's score for an expert is a sum of normal deviates that live longer and s
 are its experts:
 
     base       of the layer, for ever
-    topic      until the user turns to another of TOPICS, on average after `topic_tokens` decoded tokens
+    topic      until the user turns to another of `topics`, on average after `topic_tokens` decoded tokens
     passage    of the user, fading with a memory of PASSAGE tokens; `recency` scales it
     token      Gumbel noise: without the rest, k experts drawn by softmax
 
@@ -23,11 +23,10 @@ import numpy as np
 
 from hetero_glm5.placement.trace import Steps
 
-TOPICS = 16
 BASE, TOPIC, PASSAGE_SCALE = (0.87, 0.97), (0.82, 1.03), 1.5  # deviations at recency 0 and 1
 PASSAGE = 20.0
 TINY = np.float32(1e-30)
-FLAT, FLAT_LAYERS = 0.78, 0.15  # all deviations in the first layer, rising to 1 over this share of the layers
+FLAT, FLAT_LAYERS = 0.65, 0.15  # all deviations in the first layer, rising to 1 over this share of the layers
 
 
 @dataclass(frozen=True)
@@ -39,24 +38,33 @@ class Conversations:
     experts: int = 256
     top_k: int = 8
     users: int = 1
+    topics: int = 16
     topic_tokens: float = 256.0
     recency: float = 1.0
     prompt: tuple[int, int] = (256, 768)
     answer: tuple[int, int] = (128, 384)
     seed: int = 0
+    fields: tuple[float, float, float] | None = None  # deviations of base, topic and passage, if not those of `recency`
+
+    @property
+    def deviations(self) -> tuple[float, float, float]:
+        base, topic = (low + (high - low) * self.recency for low, high in (BASE, TOPIC))
+        return self.fields or (base, topic, PASSAGE_SCALE * self.recency)
 
     def steps(self, count: int) -> Steps:
         """The first `count` steps; the same for the same seed."""
         rng = np.random.default_rng(self.seed)
         scale = np.minimum(1, FLAT + (1 - FLAT) * np.arange(self.layers) / (FLAT_LAYERS * self.layers))[:, None]
-        deviations = [low + (high - low) * self.recency for low, high in (BASE, TOPIC)]
+        base, topic, passage = self.deviations
         shape = (self.layers, self.experts)
         fields = [
             (deviation * scale * rng.standard_normal((number, *shape))).astype(np.float32)
-            for deviation, number in zip(deviations, (1, TOPICS), strict=True)
+            for deviation, number in ((base, 1), (topic, self.topics))
         ]
-        passage = (PASSAGE_SCALE * self.recency * scale).astype(np.float32)
-        users = [_User(self, fields[0] + fields[1], passage, child) for child in rng.spawn(self.users)]
+        users = [
+            _User(self, fields[0] + fields[1], (passage * scale).astype(np.float32), child)
+            for child in rng.spawn(self.users)
+        ]
         decode = np.zeros((count, *shape), dtype=np.uint16)
         prefill: dict[int, np.ndarray] = {}
         rows = np.zeros(count, dtype=np.int64)
@@ -74,7 +82,7 @@ class Conversations:
 class _User:
     def __init__(self, wanted: Conversations, topics: np.ndarray, passage: np.ndarray, rng: np.random.Generator):
         self.wanted, self.topics, self.scale, self.rng = wanted, topics, passage, rng
-        self.topic = topics[rng.integers(TOPICS)]
+        self.topic = topics[rng.integers(len(topics))]
         self.passage = rng.standard_normal(topics.shape[1:], dtype=np.float32)
         self.left = 0  # tokens of the answer
 
@@ -89,7 +97,7 @@ class _User:
     def answer(self, counts: np.ndarray) -> None:
         """Adds the row of the next token to counts [layers, experts]."""
         if self.rng.random() * self.wanted.topic_tokens < 1:
-            self.topic = self.topics[self.rng.integers(TOPICS)]
+            self.topic = self.topics[self.rng.integers(len(self.topics))]
         self._route(counts)
         self.left -= 1
 
