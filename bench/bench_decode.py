@@ -154,9 +154,9 @@ def step_bytes(engine: Engine, step: Step) -> Counter[str]:
     total["attention"] += rows * config.latent_dim * cached * config.num_hidden_layers
     total["indexer"] += sum(long) * config.index_head_dim * cached * config.indexer_types.count("full")
     total["sampling"] = len(step.contexts) * config.vocab_size * 4
-    tiers = engine.runner.experts
+    tiers = engine.tiers
     for layer, ids in step.routing:
-        on_device = tiers.slot_of[layer][ids.unique()] >= 0
+        on_device = tiers.slots(layer)[ids.unique()] >= 0
         total["device_experts"] += int(on_device.sum()) * tiers.device.layout.blob_bytes
         total["host_experts"] += int((~on_device).sum()) * tiers.device.layout.blob_bytes
     return total

@@ -48,9 +48,10 @@ class RoutingCounts:
         on_host, copied = self._drained.popleft()
         if copied is not None:
             copied.synchronize()
-        halves = on_host.numpy().view(np.int32).reshape(*on_host.shape, 2)[:, :-1].astype(np.int64)
+        halves = on_host.numpy().view(np.int32).reshape(*on_host.shape, 2)[:, :-1]
+        prefill, decode = halves[..., 0].astype(np.int64), halves[..., 1].astype(np.int64)
         self._spare.append(on_host)
-        return halves[..., 1], halves[..., 0]
+        return decode, prefill
 
     @property
     def pending(self) -> int:

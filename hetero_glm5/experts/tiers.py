@@ -52,6 +52,10 @@ class ExpertTiers:
         self._index = {layer: i for i, layer in enumerate(layers)}
         self._late: Join | None = None  # what the previous layer deferred
 
+    def slots(self, layer: int) -> Tensor:
+        """int64 [experts] of one of the model's layers, -1 = host."""
+        return self.slot_of[self._index[layer]]
+
     def begin_step(self, decoded: Tensor) -> None:
         """decoded bool [T], on the CPU: which rows of the step are decoded, not prefilled."""
         self._late = None
@@ -87,7 +91,7 @@ class ExpertTiers:
 
     def _split(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock) -> list[Join]:
         index, parts = self._index[layer], []
-        slots = self.slot_of[index][ids]
+        slots = self.slots(layer)[ids]
         if layer in self.host:
             on_host = ids.masked_fill(slots >= 0, -1)
             with clock("host_experts"):
@@ -116,7 +120,7 @@ class ExpertTiers:
                 parts.append(self._start_host(layer, x, ids.masked_fill(elsewhere, -1), weights))
         if (self._slot_of[index] >= 0).any():
             with clock("device_experts"):
-                resident = self.device(x, self.slot_of[index][ids], weights)
+                resident = self.device(x, self.slots(layer)[ids], weights)
             parts.append(lambda: resident)
         with clock("device_experts"):
             y = divided.compute(index, x, host_ids, weights)

@@ -1,7 +1,7 @@
 """The expert-distribution recorder: what is routed between a start and a dump, and how much of it the device tier held.
 
-Names, files and meaning are those of SGLang's recorder in its mode `stat` and of KTransformers'
---record-kt-gpu-expert-distribution. A dump is a .pt file as in stats.py; with that flag it also holds
+Names and keys are those of SGLang's recorder in its mode `stat`, which KTransformers extends by a flag. A dump is a .pt
+file as in stats.py, the steps summed; with --record-kt-gpu-expert-distribution it also holds
 
     gpu_expert_masks                      bool [steps, layers, experts]: what the device held in each of the last steps
     gpu_decode_count, gpu_prefill_count   int64 [layers, experts]: the selections that found their expert there
@@ -81,9 +81,10 @@ class DistributionRecorder:
         tensors, tokens = self._routed.tensors, self._routed.tokens
         told = {"file": str(path), "steps": self.steps, "tokens": dict(zip(PHASES, map(round, tokens), strict=True))}
         if self.masks is not None:
-            tensors |= {f"gpu_{name}": self._hits.tensors[name] for name in PHASE_KEYS}
+            held = self._hits.tensors
+            tensors |= {f"gpu_{name}": held[name] for name in PHASE_KEYS}
             tensors["gpu_expert_masks"] = all_layers(np.stack(self._masks), self.model)
-            rates = [held / n if n else None for held, n in zip(self._hits.tokens, tokens, strict=True)]
+            rates = [hits / n if n else None for hits, n in zip(self._hits.tokens, tokens, strict=True)]
             told["hit_rate"] = dict(zip(PHASES, rates, strict=True))
         save_tensors(path, tensors)
         self._reset()

@@ -64,8 +64,7 @@ class RoutingStats:
     def load(self, path: Path) -> None:
         """Takes the counts that save() wrote for a model of this shape. Raises UserError."""
         data = _read(path, f"{path}")
-        for part, key in zip(self.counts, PHASE_KEYS, strict=True):
-            part[:] = _totals(data, f"{path}", key, self.model)
+        self.counts = np.stack([_totals(data, f"{path}", key, self.model) for key in PHASE_KEYS])
 
 
 def all_layers(of_moe_layers: np.ndarray, model: ModelConfig) -> np.ndarray:

@@ -66,8 +66,8 @@ def test_the_report(checkpoints, tmp_path, small):
     assert list(sparse) == ["index_topk", "length", "own", "all"] and sparse["length"] == 4 * sparse["index_topk"] == 64
     assert sparse["all"]["ratio"] != 1 and 0 <= sparse["own"]["tokens"] < sparse["all"]["tokens"] <= 2 * 64
 
-    assert list(found["answers"]) == list(found["perplexity"])
-    answered = found["answers"]["INT4"]
+    assert list(found["answers"]) == ["BF16"]
+    answered = found["answers"]["BF16"]
     asked = {name: marks["asked"] for name, marks in answered.items()}
     tools = {name: asked.pop(name) for name in list(asked) if name.startswith("tools")}
     assert asked == {"sums": 2, "project": 2, "chats": 2, "recall 64": 1} and sum(tools.values()) == 2
@@ -103,9 +103,10 @@ def test_the_same_again(checkpoints, tmp_path, small, monkeypatch):
 def test_what_a_model_has_not_is_left_out(checkpoints, tmp_path, small):
     short = {"max_position_embeddings": 1000, "index_topk": 300, "num_nextn_predict_layers": 0}
     folder = tiny_checkpoint(checkpoints, dtype="bfloat16", **short)
-    output = run("--model", folder, "--count", 1, "--methods", "BF16", "--json", tmp_path / "json").stdout
+    output = run("--model", folder, "--count", 1, "--methods", "INT4", "--json", tmp_path / "json").stdout
     found = json.loads((tmp_path / "json").read_text())
-    assert found["drafting"] is None and found["sparse"] is None and "recall 5000" not in found["answers"]["BF16"]
+    assert found["drafting"] is None and found["sparse"] is None and list(found["answers"]) == ["INT4", "BF16"]
+    assert "recall 5000" not in found["answers"]["INT4"]
     assert len(found["left_out"]) >= 3 and all(f"left out: {sentence[:40]}" in output for sentence in found["left_out"])
 
 

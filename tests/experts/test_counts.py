@@ -50,7 +50,7 @@ def test_every_step_is_counted_exactly(counts, taken_after):
             assert counts.pending == taken_after
             for want in wanted:
                 got = counts.take()
-                assert np.array_equal(got, want) and got[0].dtype == np.int64
+                assert np.array_equal(got, want) and got[0].dtype == np.int64 and got[1].flags.c_contiguous
             wanted.clear()
     assert not wanted and counts.pending == 0
 

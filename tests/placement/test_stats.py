@@ -110,6 +110,12 @@ def test_statistics_of_another_model_or_kind_are_refused(tmp_path):
     torch.save({"logical_count": COUNTS}, tmp_path / "sglang.pt")
     with pytest.raises(UserError, match='sglang.pt has no real tensor "decode_count"'):
         RoutingStats(MODEL).load(tmp_path / "sglang.pt")
+    half = {"decode_count": torch.ones(5, 4), "prefill_count": torch.ones(5, 3)}
+    torch.save(half, tmp_path / "half.pt")
+    stats = RoutingStats(MODEL)
+    with pytest.raises(UserError, match="layers of 3 experts"):
+        stats.load(tmp_path / "half.pt")
+    assert not stats.counts.any()
 
 
 @pytest.mark.parametrize("name", ["absent/c.pt", "absent/c.safetensors"])

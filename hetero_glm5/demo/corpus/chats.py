@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from hetero_glm5.demo.corpus import project
 from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, opening, system, user
 from hetero_glm5.demo.corpus.tool_values import sentence
-from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, ROOMS, THINGS, Draw, table
+from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, COMMON, FOODS, ROOMS, THINGS, Draw, table
 
 KIND = "chats"
 Exchange = tuple[str, str, str]  # what the user says, the answer, and its word that counts
@@ -55,11 +55,11 @@ My key is in the {}. | Your key is in the {}. | Where is my key? | Your key is i
 VALUES: dict[str, Callable[[Draw], str]] = {
     "name": lambda draw: draw.name(),
     "city": lambda draw: draw.city(),
-    "colour": lambda draw: draw.choice(COLOURS),
+    "colour": lambda draw: draw.word(COLOURS),
     "number": lambda draw: str(draw.number(draw.integer(2, 4))),
     "age": lambda draw: str(draw.integer(5, 95)),
-    "food": lambda draw: draw.choice(FOODS),
-    "room": lambda draw: draw.choice(ROOMS),
+    "food": lambda draw: draw.word(FOODS),
+    "room": lambda draw: draw.word(ROOMS),
 }
 NAME_ASKS = ("Who are you?", "What is your name?", "What are you called?")
 NUMBERS = table("zero one two three four five six seven eight nine ten")
@@ -85,18 +85,25 @@ def _fact(draw: Draw) -> Exchange:
 
 
 def _words(draw: Draw, count: int) -> list[str]:
-    return draw.sample(draw.choice((THINGS, ANIMALS, COLOURS, FOODS, ROOMS)), count)
+    if draw.chance(0.3):
+        return draw.several(draw.invented, count)
+    return draw.sample(draw.choice((THINGS, ANIMALS, COLOURS, FOODS, ROOMS, COMMON, COMMON)), count)
+
+
+def _numbers(draw: Draw, count: int) -> list[int]:
+    most = draw.choice((9, 99, 99, 999))
+    return draw.several(lambda: draw.integer(1, most), count)
 
 
 def _sort(draw: Draw) -> Exchange:
-    values = draw.several(lambda: draw.integer(1, 99), draw.integer(3, 4))
+    values = _numbers(draw, draw.integer(2, 4))
     said = ", ".join(map(str, sorted(values)))
     ask = draw.choice(("Sort these numbers: {}.", "Put {} in order.", "Sort {} from small to large."))
     return ask.format(", ".join(map(str, values))), f"{said}.", said
 
 
 def _largest(draw: Draw) -> Exchange:
-    values = draw.several(lambda: draw.integer(1, 99), draw.integer(2, 4))
+    values = _numbers(draw, draw.integer(2, 4))
     word, best = draw.choice((("largest", max(values)), ("smallest", min(values))))
     return f"Which is the {word}: {', '.join(map(str, values))}?", f"The {word} is {best}.", str(best)
 
@@ -132,7 +139,7 @@ def _spell(draw: Draw) -> Exchange:
     return draw.choice(("Spell {}.", "How do you spell {}?", "Spell the word {}.")).format(word), f"{said}.", said
 
 
-SMALL = (_fact, _fact, _fact, _sort, _largest, _reverse, _count, _first, _repeat, _repeat, _spell)
+SMALL = (_fact, _fact, _fact, _sort, _sort, _largest, _reverse, _count, _first, _repeat, _repeat, _spell)
 LEADS = ("", "", "", "", "Please tell me: ", "Next: ", "And now: ", "A question: ", "One more: ", "Then: ", "Quickly: ")
 
 

@@ -11,6 +11,7 @@ from hetero_glm5.demo.corpus.tool_values import DAYS
 from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, ROOMS, THINGS, Draw, held_out
 
 KIND = "recall"
+MOST_ASKED = 16  # of one document
 RELATIONS = (  # the fact, the question, and what of the fact the answer must hold
     ("The code of the {colour} {thing} is {number}.", "What is the code of the {colour} {thing}?", "{number}"),
     ("The code of {name} is {number}.", "What is the code of {name}?", "{number}"),
@@ -34,27 +35,31 @@ def estimate(text: str) -> float:
     """Tokens of a held-out text of this file under demo.tokenizer.trained_tokenizer, within a few per cent: a word is
     one token, and a long name more. The numbers are fitted."""
     words = TOKEN.findall(text)
-    return 1.063 * len(words) + 0.355 * sum(len(word) - 4 for word in words if len(word) > 4 and word[0].isupper())
+    return 1.007 * len(words) + 0.302 * sum(len(word) - 2 for word in words if len(word) > 2 and word[0].isupper())
 
 
 def facts(draw: Draw, count: int) -> list[Fact]:
-    """Facts with different questions, of which about half have the same relation."""
+    """Facts with different questions, of which most have the same relation, about names that are alike or the same."""
     same = draw.choice(RELATIONS)
     found: dict[str, Fact] = {}
+    names: list[str] = []
     while len(found) < count:
-        relation = same if draw.chance(0.5) else draw.choice(RELATIONS)
-        made = _fact(draw, relation)
+        relation = same if draw.chance(0.6) else draw.choice(RELATIONS)
+        made = _fact(draw, relation, names)
         if "{name}" not in relation[1] and "{place}" not in relation[1] and held_out(made[1]) != draw.held_out:
             continue  # what is asked about is no word of this split
         found.setdefault(made[1], made)
     return list(found.values())
 
 
-def _fact(draw: Draw, relation: Fact) -> Fact:
+def _fact(draw: Draw, relation: Fact, names: list[str]) -> Fact:
+    """About a new name, which is added to `names`, or one of them."""
+    if not names or draw.chance(0.8):
+        names.append(draw.similar(draw.choice(names)) if names and draw.chance(0.4) else draw.name())
     words = {
-        "name": draw.name(), "place": draw.invented(), "pet": draw.invented(), "day": draw.choice(DAYS),
+        "name": draw.choice(names[-3:]), "place": draw.invented(), "pet": draw.invented(), "day": draw.choice(DAYS),
         "number": str(draw.number(draw.integer(3, 5))), "colour": draw.choice(COLOURS), "thing": draw.choice(THINGS),
-        "room": draw.choice(ROOMS), "animal": draw.choice(ANIMALS), "food": draw.choice(FOODS),
+        "room": draw.word(ROOMS), "animal": draw.choice(ANIMALS), "food": draw.word(FOODS),
     }  # fmt: skip
     fact, ask, expected = (part.format(**words) for part in relation)
     return fact, ask, expected
@@ -82,11 +87,11 @@ def _sentences(story: str) -> list[str]:
 
 def documents(draw: Draw) -> Iterator[Document]:
     while True:
-        tokens = int(256 * 16 ** draw.rng.betavariate(1.4, 1.2))  # 256 to 4096
-        known = facts(draw, draw.integer(3, 6 + tokens // 200))
+        tokens = int(256 * 16 ** draw.rng.betavariate(1.1, 2.1))  # 256 to 4096
+        known = facts(draw, draw.integer(8, 12 + tokens // 200))
         thinking = draw.chance(0.2)
         messages = []
-        asked = draw.sample(known, min(len(known), draw.integer(3, 16)))
+        asked = draw.sample(known, min(len(known), MOST_ASKED))
         body = draw.choice(LEADS) + text(draw, known, tokens) + "\n\n"
         for fact, ask, _ in asked:
             messages += [user(body + ask), assistant(fact, "I look for it in the text." if thinking else "")]

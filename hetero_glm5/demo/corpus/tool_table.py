@@ -18,7 +18,7 @@ does Get the current weather | Get the current weather in a given location | Wea
   for a city
 + city location place town = city : The city | The city and state, e.g. San Francisco, CA | City name | Name of the
   place
-? unit units scale = celsius/fahrenheit, in {} : Temperature unit | The unit | celsius or fahrenheit
+? unit units scale = celsius/fahrenheit, in {} : Temperature unit | The unit | Scale of the temperature
 ask What is the weather in {city}? | What's the weather like in {city} today? | How is the weather in {city}? |
   What's the weather in {city}? | What is the weather like in {city} today? | What's the weather like in
   {city}? | Tell me the weather in {city}. | What is the weather like in {city} right now? |
@@ -150,7 +150,7 @@ write_file save_file create_file store_file
 does Write a file | Save text to a file | Create a file
 + path file filename name = file : Path of the file
 + text content data body = sentence : What to write
-? append add keep_old = true, after what is there : Append to the file
+? append add keep_old = true, and keep what is there : Append to the file
 ask Write "{text}" into {path}. | Save "{text}" to {path}. | Put "{text}" into the file {path}.
 gets bytes=int:10:900
 says I wrote {bytes} bytes to {path}.
@@ -158,7 +158,7 @@ says I wrote {bytes} bytes to {path}.
 delete_file remove_file erase_file unlink
 does Delete a file | Remove a file | Erase a file
 + path file filename name = file : Path of the file
-? force sure no_confirm = true, without asking : Do not ask
+? force sure no_confirm = true, without asking me : Do not ask
 ask Delete {path}. | Remove the file {path}. | Erase {path}.
 gets deleted=bool
 says {path} is deleted.
@@ -166,7 +166,7 @@ says {path} is deleted.
 list_files ls list_folder directory_listing
 does List files | List the files of a folder | Show a directory
 + folder directory dir path = folder : The folder
-? hidden all show_hidden = true, with hidden ones : Show hidden files too
+? hidden all show_hidden = true, and also the hidden ones : Show hidden files too
 ask List the files in {folder}. | Which files are in {folder}? | Show what is in {folder}.
 gets first=file count=int:2:90
 says {folder} holds {count} files; the first is {first}.

@@ -4,7 +4,7 @@ MORE = """
 set_light light_switch switch_light turn_light control_light
 does Switch a light | Turn a light on or off | Control the lights
 + room where location place = room : The room
-+ state power action = on/off : on or off
++ state power action = on/off : The new state | What to switch it to
 ? colour color hue = colour, in {} : Colour of the light
 ask Turn {state} the light in the {room}. | Switch the light in the {room} {state}. | Light {state} in the {room}.
 gets done=bool
@@ -124,7 +124,7 @@ place_order buy order_item purchase
 does Order a product | Buy something in the shop
 + item product article name = goods : What to buy
 + quantity amount count number = int:2:60 : How many
-? express fast priority = true, by express : Express delivery
+? express fast priority = true, and send it by express : Express delivery
 ask Order {quantity} {item}. | Buy {quantity} {item}. | I would like to buy {quantity} {item}.
 gets order=id total=num:3:900
 says I ordered {quantity} {item} as {order} for {total} euros.
@@ -163,7 +163,7 @@ create_user add_user register new_user
 does Create a user | Register somebody
 + name person user = person : Name of the user
 + age years = int:18:90 : Age in years
-? admin is_admin superuser = true, as an admin : Whether an admin
+? admin is_admin superuser = true, and make them an admin : Whether an admin
 ask Create the user {name}, age {age}. | Register {name}, who is {age} years old.
 gets id=int:100:99999
 says {name} is registered as user {id}.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hetero_glm5.demo.corpus.sums import draw_sum
-from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, NAMES, ROOMS, THINGS, Draw, listed, table
+from hetero_glm5.demo.corpus.words import ANIMALS, COLOURS, FOODS, ROOMS, THINGS, Draw, listed, table
 
 Value = tuple[Any, str]  # in JSON, as the user says it
 
@@ -40,6 +40,8 @@ SENTENCES = (
 
 
 def sentence(draw: Draw) -> str:
+    if draw.chance(0.3):
+        return draw.phrase(6)
     template = draw.choice(SENTENCES)
     while "{" in template:
         before, _, rest = template.partition("{")
@@ -49,7 +51,9 @@ def sentence(draw: Draw) -> str:
 
 
 def title(draw: Draw) -> str:
-    shape = draw.integer(0, 3)
+    shape = draw.integer(0, 4)
+    if shape == 4:
+        return draw.phrase(4)
     if shape == 0:
         return draw.invented()
     if shape == 1:
@@ -59,8 +63,12 @@ def title(draw: Draw) -> str:
     return f"The {draw.choice(COLOURS).capitalize()} {draw.choice(THINGS).capitalize()} of {draw.invented()}"
 
 
+def person(draw: Draw) -> str:
+    return draw.until(lambda: f"{draw.name()} {draw.invented()}") if draw.chance(0.2) else draw.name()
+
+
 def file(draw: Draw) -> str:
-    stem = draw.invented() if draw.chance(0.4) else draw.choice(STEMS)
+    stem = draw.label("file") if draw.chance(0.6) else draw.choice(STEMS)
     number = f"_{draw.integer(1, 999)}" if draw.chance(0.6) else ""
     return f"{stem}{number}.{draw.choice(EXTENSIONS)}"
 
@@ -85,7 +93,7 @@ def sql(draw: Draw) -> str:
 
 TEXTS: dict[str, Callable[[Draw], str]] = {
     "city": lambda draw: draw.city(),
-    "person": lambda draw: draw.name(),
+    "person": person,
     "title": title,
     "sentence": sentence,
     "file": file,
@@ -99,7 +107,7 @@ TEXTS: dict[str, Callable[[Draw], str]] = {
     "date": lambda draw: f"20{draw.integer(24, 39)}-{draw.integer(1, 12):02}-{draw.integer(1, 28):02}",
     "topic": lambda draw: f"{draw.choice(KINDS_OF)} {draw.choice(SUBJECTS)} in {draw.city()}",
     "url": lambda draw: f"https://{domain(draw)}/{draw.choice(SUBJECTS)}",
-    "email": lambda draw: f"{draw.choice(NAMES).lower()}@{domain(draw)}",
+    "email": lambda draw: f"{draw.name().lower()}@{domain(draw)}",
     "phone": lambda draw: str(draw.number(7)),
     "number": lambda draw: str(draw.number(draw.integer(1, 4))),
     "folder": lambda draw: f"/{draw.choice(ROOMS)}/{draw.invented()}",
@@ -122,13 +130,18 @@ TEXTS: dict[str, Callable[[Draw], str]] = {
 }  # fmt: skip
 
 
+# Kinds that hold words from small tables: one value in three is any other phrase, so that no table is learned instead.
+# Currencies stay, as they tell money from other units.
+SMALL = frozenset(table("unit language venue goods topic room colour scene service errand"))
+
+
 def value(draw: Draw, kind: str) -> Value:
     if kind in TEXTS:
-        text = TEXTS[kind](draw)
+        text = draw.phrase(3) if kind in SMALL and draw.chance(0.33) else TEXTS[kind](draw)
         return text, text
     if kind in ("titles", "foods", "rooms"):
         one = {"titles": title, "foods": _food, "rooms": TEXTS["room"]}[kind]
-        items = draw.several(lambda: one(draw), draw.integer(1, 3))
+        items = draw.several(lambda: one(draw), draw.integer(1, 4))
         said = {"titles": '"{}"', "foods": "{}", "rooms": "the {}"}[kind]
         return items, listed([said.format(item) for item in items])
     if kind == "contact":
@@ -144,7 +157,7 @@ def value(draw: Draw, kind: str) -> Value:
 
 
 def _food(draw: Draw) -> str:
-    return draw.choice(FOODS)
+    return draw.word(FOODS)
 
 
 def _scalar(draw: Draw, kind: str, low: str = "", high: str = "") -> Value:
@@ -163,6 +176,16 @@ def _scalar(draw: Draw, kind: str, low: str = "", high: str = "") -> Value:
 
 def spoken(draw: Draw, kind: str) -> str:
     return value(draw, kind)[1]
+
+
+def varied(draw: Draw, kind: str) -> str:
+    """The kind as one document has it: a choice in any order, now and then of other words."""
+    if "/" not in kind:
+        return kind
+    options = kind.split("/")
+    if draw.chance(0.35):
+        options = draw.several(draw.invented, len(options))
+    return "/".join(draw.sample(options, len(options)))
 
 
 def schema(kind: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Tool use: a prompt that offers tools, requests that need one call, two or none, results and answers from them.
 
-Names of functions and arguments vary from document to document, so the model has to read them in the prompt. One way to
-say everything: the reasoning names the functions with their arguments in order, the calls follow.
+Names of functions and arguments vary from document to document, and many of them say nothing (`Draw.label`), so the
+model has to find a function by its description, and to copy the names. One way to say everything: the reasoning names
+the functions with their arguments in order, the calls follow.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hetero_glm5.demo.corpus import chats, project, sums
 from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, opening, user
 from hetero_glm5.demo.corpus.tool_table import TABLE
 from hetero_glm5.demo.corpus.tool_table_more import MORE
-from hetero_glm5.demo.corpus.tool_values import Value, schema, value
+from hetero_glm5.demo.corpus.tool_values import Value, schema, value, varied
 from hetero_glm5.demo.corpus.words import Draw, held_out, unfolded
 
 KIND = "tools"
 OFTEN = {"get_weather": 8, "get_time": 2, "web_search": 2, "calculate": 2}  # times as often as the other tools
+RENAMED = 0.45  # share of functions, and of arguments, whose names say nothing; these are described
 CHAINS = (  # first tool, its field, second tool, the argument it fills, what the user says
     ("find_contact", "email", "send_email", "to", 'Look up {name} and email "{body}". | Email {name} "{body}".'),
     ("find_contact", "email", "send_email", "to", 'Find the address of {name} and write "{body}".'),
@@ -93,9 +95,19 @@ _TRAIN_NAMES = {  # a name that is held out is never offered in training, but fo
 }
 
 
+def _relatives() -> dict[str, list[str]]:
+    """For each tool those that are easily taken for it: they share a word of its name."""
+    words = {name: {word.rstrip("s") for word in name.split("_")} for name in TOOLS}
+    return {name: [other for other in TOOLS if other != name and words[name] & words[other]] for name in TOOLS}
+
+
+_RELATIVES = _relatives()
+
+
 @dataclass(frozen=True)
 class Offer:
-    """A tool as one document shows it: `keys` are its arguments' names there, by their names in the table."""
+    """A tool as one document shows it, its choices too: `keys` are its arguments' names there, by their names in the
+    table."""
 
     tool: Tool
     name: str
@@ -104,14 +116,11 @@ class Offer:
 
 
 def offer(draw: Draw, tool: Tool) -> Offer:
+    tool = replace(tool, parameters=tuple(replace(p, kind=varied(draw, p.kind)) for p in tool.parameters))
     name = _function_name(draw, tool)
-    keys: dict[str, str] = {}
-    for parameter in tool.parameters:
-        free = [key for key in _names(draw, parameter.names) if key not in keys.values()]
-        keys[parameter.names[0]] = parameter.names[0] if draw.chance(0.3) or not free else draw.choice(free)
-    if len(set(keys.values())) < len(keys):  # a later first name was taken as an earlier synonym
-        keys = {first: first for first in keys}
-    described = draw.chance(0.7)
+    renamed = {parameter.names[0] for parameter in tool.parameters if draw.chance(RENAMED)}
+    keys = _keys(draw, tool, renamed)
+    described = bool(renamed) or draw.chance(0.7)
     properties = {}
     for parameter in tool.parameters:
         properties[keys[parameter.names[0]]] = schema(parameter.kind) | (
@@ -128,12 +137,25 @@ def offer(draw: Draw, tool: Tool) -> Offer:
     return Offer(tool, name, keys, {"type": "function", "function": function})
 
 
+def _keys(draw: Draw, tool: Tool, renamed: set[str]) -> dict[str, str]:
+    while True:
+        keys = {}
+        for parameter in tool.parameters:
+            first, names = parameter.names[0], _names(draw, parameter.names)
+            known = first if draw.chance(0.2) else draw.choice(names)
+            keys[first] = draw.label(known) if first in renamed else known
+        if len(set(keys.values())) == len(keys):
+            return keys
+
+
 def _names(draw: Draw, names: tuple[str, ...]) -> list[str]:
     return list(names) if draw.held_out else _TRAIN_NAMES[names]
 
 
 def _function_name(draw: Draw, tool: Tool) -> str:
     name = tool.names[0] if draw.chance(0.3) else draw.choice(_names(draw, tool.names))
+    if draw.chance(RENAMED):
+        return draw.label(name)
     style = draw.integer(0, 9)
     if style < 2:
         head, *rest = name.split("_")
@@ -172,7 +194,7 @@ def single(draw: Draw, offered: Offer) -> Round:
     for parameter in tool.parameters:
         if parameter.phrase is None:
             values[parameter.names[0]] = value(draw, parameter.kind)
-        elif draw.chance(0.35):
+        elif draw.chance(0.5):
             values[parameter.names[0]] = drawn = value(draw, parameter.kind)
             phrases += " " + parameter.phrase.format(drawn[1])
     if tool.names[0] in ("convert_units", "convert_currency") and values["source"] == values["target"]:
@@ -195,7 +217,7 @@ def chain(draw: Draw, link: tuple[str, str, str, str, str], offers: dict[str, Of
     first, _, second, filled, asks = link
     ask = draw.text(asks)
     values = [
-        {p.names[0]: value(draw, p.kind) for p in TOOLS[name].parameters if p.phrase is None}
+        {p.names[0]: value(draw, p.kind) for p in offers[name].tool.parameters if p.phrase is None}
         for name in (first, second)
     ]
     said = {key: drawn[1] for drawn_of in reversed(values) for key, drawn in drawn_of.items()}
@@ -271,10 +293,12 @@ def toolless(draw: Draw, thinking: bool) -> list[Message]:
 
 
 def pick(draw: Draw, count: int, wanted: list[str]) -> list[Offer]:
-    """`count` offers of different tools and names, those of `wanted` among them, in any order."""
+    """`count` offers of different tools and names, those of `wanted` among them, in any order; half of the others are
+    related to the first."""
     names = list(wanted)
     while len(names) < count:
-        if (name := draw.choice(_WEIGHTED)) not in names:
+        near = _RELATIVES[names[0]] if names and draw.chance(0.5) else ()
+        if (name := draw.choice(near or _WEIGHTED)) not in names:
             names.append(name)
     offers: list[Offer] = []
     for name in names:
@@ -328,8 +352,8 @@ def documents(draw: Draw) -> Iterator[Document]:
             messages += conversation(draw, round_, link, thinking)
         else:
             wanted = [draw.choice(_WEIGHTED)]
-            offers = pick(draw, draw.integer(1, 4), wanted)
-            for _ in range(draw.choice((1, 1, 2, 3, 4))):
+            offers = pick(draw, draw.choice((1, 2, 3, 3, 4)), wanted)
+            for _ in range(draw.choice((1, 2, 3, 4, 5))):
                 messages += request(draw, offers, thinking)
         yield chat(KIND, messages, _shown(offers))
 

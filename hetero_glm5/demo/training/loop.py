@@ -164,7 +164,7 @@ class Worker:
         self.meet()
         if self.rank == 0 and time.monotonic() - self.saved > self.plan.save_seconds:
             self.save()
-        if progress.step % self.plan.eval_every == 0:
+        if progress.step % self.plan.eval_every == 0 or progress.tokens >= self.plan.tokens:
             self.evaluate()
 
     def meet(self) -> None:

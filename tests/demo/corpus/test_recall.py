@@ -6,7 +6,7 @@ import re
 import pytest
 
 from hetero_glm5.demo.corpus import documents, tasks
-from hetero_glm5.demo.corpus.recall import estimate
+from hetero_glm5.demo.corpus.recall import MOST_ASKED, estimate
 
 TURN = re.compile(r"<\|user\|>(.*?)<\|assistant\|>(?:<think>.*?)?</think>(.*?)(?=<\|)", re.S)
 
@@ -29,8 +29,19 @@ def test_answers_stand_once_in_the_text(split):
 
 def test_lengths_spread():
     lengths = [estimate(document.text) for document in itertools.islice(documents("recall", "train", 2), 200)]
-    assert min(lengths) < 450 and max(lengths) > 3500
-    assert 1200 < sum(lengths) / len(lengths) < 1900
+    assert min(lengths) < 550 and max(lengths) > 3000
+    assert 900 < sum(lengths) / len(lengths) < 1400
+
+
+def test_subjects_compete():
+    """Most documents ask about names that begin alike."""
+    alike = 0
+    for document in itertools.islice(documents("recall", "train", 3), 100):
+        asked = TURN.findall(document.text)
+        names = {re.findall(r"[A-Z]\w+", ask.rpartition("\n\n")[2])[-1] for ask, _ in asked}
+        alike += len({name[:2] for name in names}) < len(names)
+        assert 8 <= len(asked) <= MOST_ASKED
+    assert alike > 60
 
 
 @pytest.mark.parametrize("tokens", [512, 2048])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from hetero_glm5.demo.corpus.tool_values import TEXTS, schema, sentence, value
+from hetero_glm5.demo.corpus.tool_values import TEXTS, schema, sentence, value, varied
 from hetero_glm5.demo.corpus.words import Draw, held_out
 
 
@@ -38,4 +38,7 @@ def test_enums_and_truth():
     assert schema("on/off") == {"type": "string", "enum": ["on", "off"]}
     assert {value(draw, "on/off")[0] for _ in range(50)} == {"on", "off"}
     assert {value(draw, "bool:Lock:Unlock") for _ in range(50)} == {(True, "Lock"), (False, "Unlock")}
+    shown = [varied(draw, "on/off") for _ in range(100)]
+    assert {"on/off", "off/on"} < set(shown) and len(set(shown)) > 20
+    assert varied(draw, "city") == "city"
     assert value(draw, "true") == (True, "")

@@ -157,6 +157,41 @@ def test_names_vary_and_never_clash():
     assert len(names) > 400
 
 
+def test_many_names_can_only_be_copied():
+    """The names that no table holds, and that a tool which has them describes its arguments."""
+    draw = Draw("train", "renamed")
+    tables = [names for tool in TOOLS.values() for names in (tool.names, *(p.names for p in tool.parameters))]
+    known = set(itertools.chain.from_iterable(tables))
+    functions = keys = renamed = 0
+    for _ in range(200):
+        for offered in pick(draw, 4, []):
+            properties = offered.json["function"]["parameters"]["properties"]
+            functions += offered.name not in known
+            keys += len(properties)
+            renamed += len(set(properties) - known)
+            if set(properties) - known:
+                assert all("description" in shown for shown in properties.values())
+    assert functions > 400 and renamed > 0.35 * keys
+
+
+def test_the_others_on_offer_are_often_related():
+    draw = Draw("train", "related")
+    others = [
+        o.tool.names[0] for _ in range(300) for o in pick(draw, 2, ["read_file"]) if o.tool.names[0] != "read_file"
+    ]
+    assert 0.3 < sum("file" in name for name in others) / len(others) < 0.9
+
+
+def test_optional_arguments_are_asked_for_half_of_the_time():
+    draw = Draw("train", "optional")
+    with_it = 0
+    for _ in range(400):
+        ask, [[call]] = single(draw, offer(draw, TOOLS["write_file"]))
+        with_it += "append" in call.values
+        assert ("keep what is there" in ask) == ("append" in call.values)
+    assert 150 < with_it < 250
+
+
 def test_some_function_names_are_never_trained():
     shown = []
     for split, count in (("train", 1500), ("held-out", 300)):

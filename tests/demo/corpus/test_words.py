@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from hetero_glm5.demo.corpus.words import CITIES, HELD_OUT_OF, NAMES, Draw, held_out, listed, unfolded
 
+MAKERS = {
+    "name": Draw.name, "city": Draw.city, "invented": Draw.invented,
+    "similar": lambda draw: draw.similar("Zarndol"), "label": lambda draw: draw.label("get_weather"),
+}  # fmt: skip
 
-@pytest.mark.parametrize("method", ["name", "city", "invented"])
-def test_words_of_the_two_splits_never_meet(method):
-    train, held = ({getattr(draw, method)() for _ in range(5000)} for draw in (Draw("train", 1), Draw("held-out", 1)))
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_words_of_the_two_splits_never_meet(make):
+    train, held = ({make(draw) for _ in range(5000)} for draw in (Draw("train", 1), Draw("held-out", 1)))
     assert len(train) > 2000 and len(held) > 500
     assert not train & held
 
@@ -33,6 +40,14 @@ def test_the_same_key_draws_the_same():
     draws = [[draw.integer(0, 10**9) for _ in range(5)] for draw in (Draw("train", "a", 1), Draw("train", "a", 1))]
     assert draws[0] == draws[1]
     assert draws[0] != [Draw("train", "a", 2).integer(0, 10**9) for _ in range(5)]
+
+
+def test_labels_are_identifiers_of_every_style():
+    draw = Draw("train", "labels")
+    labels = [draw.label("get_weather") for _ in range(2000)]
+    assert all(re.fullmatch(r"[A-Za-z]\w*", label) for label in labels) and len(set(labels)) > 1500
+    for style in (r"[a-z]+", r"[a-z]+_[a-z_]+", r"[a-z]+[A-Z][A-Za-z]+", r"[A-Z_]+", r"\w+_\d+", r"\w+_weather\w*"):
+        assert sum(bool(re.fullmatch(style, label)) for label in labels) > 20, style
 
 
 def test_listed():
