@@ -43,6 +43,9 @@ class _Cache(Static):
         self._holder[into] = misses
         return [Move(layer, e - first, s) for e, s in zip(misses.tolist(), into.tolist(), strict=True)]
 
+    def may_fetch(self, routed: int) -> bool:
+        return True
+
     def _touch(self, layer: int, used: np.ndarray) -> None:
         raise NotImplementedError
 

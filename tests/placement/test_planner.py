@@ -45,6 +45,7 @@ def test_an_expert_is_used_only_where_it_is(name):
         decode = routed(rng, 0 if prefill.any() else 2)
         for layer in range(LAYERS):
             for move in planner.fetch(layer, decode[layer]):
+                assert planner.may_fetch(int(decode[layer].sum()))
                 assert decode[layer, move.expert] and move.slot not in {m.slot for m in in_flight}
                 assert planner.slot_of[layer, move.expert] == move.slot
                 holds[move.slot] = layer, move.expert
