@@ -5,10 +5,10 @@
 What was published are tokens/s with a tenth, half and four fifths of the experts on the devices; what the machine does
 otherwise was not, so it is fitted, to the `uniform` column, whose hit rates are known: a layer takes 85 µs without the
 host, 173 µs more when it has any expert to compute, and 12.3 µs for each, which are 256 GB/s on an FP8 expert.
-Assumed, and fitted roughly to the other two columns: one user and 64 topics, which last 512 decoded tokens; prompts of
-1,024 tokens, answers of 256; scores with deviations of 0.7 between experts and 2.0 between topics. `frequency` counts
-the half of the trace that is not timed. `kt-dynamic` re-picks at every prompt, and the time of its copies, over four
-links of 25 GB/s, counts as the answer's. Layers are alike, so a few stand for all 48.
+Assumed, and fitted roughly to the other two columns: one user and 64 topics, which last 1,024 decoded tokens; prompts
+of 1,024 tokens, answers of 256; scores with deviations of 0.7 between experts and 2.0 between topics. `frequency`
+counts the half of the trace that is not timed. `kt-dynamic` re-picks at every prompt, and the time of its copies, over
+four links of 25 GB/s, counts as the answer's. Layers are alike, so a few stand for all 48.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args()
     talk = Conversations(
-        args.layers, EXPERTS, TOP_K, topics=64, topic_tokens=512, prompt=(1024, 1024), answer=(256, 256),
+        args.layers, EXPERTS, TOP_K, topics=64, topic_tokens=1024, prompt=(1024, 1024), answer=(256, 256),
         fields=(0.7, 2.0, 0.0),
     )  # fmt: skip
     case = Case(talk.steps(args.steps), COSTS, TOP_K, args.steps // 2)
