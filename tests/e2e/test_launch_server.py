@@ -25,6 +25,7 @@ CARD_FLAGS = (  # the GLM-5 card's launch command, with numbers for this small m
     "--max-total-tokens 4096 --attention-backend flashinfer --fp8-gemm-backend cutlass --kv-cache-dtype bf16 "
     "--watchdog-timeout 3000 --reasoning-parser glm45 --tool-call-parser glm47"
 )
+IN_FP32 = "--dtype float32 --kt-method FP32 --kv-cache-dtype float32"  # else tokens may change when experts move
 HI = [{"role": "user", "content": "Hello, who are you?"}]
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
 
@@ -64,7 +65,7 @@ class Process:
 
 @pytest.fixture(scope="module")
 def server(checkpoint):
-    server = Process("--model", checkpoint, *CARD_FLAGS.split())
+    server = Process("--model", checkpoint, *CARD_FLAGS.split(), *IN_FP32.split())
     yield server
     server.kill()
 
