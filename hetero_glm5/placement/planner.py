@@ -68,13 +68,13 @@ class Static:
 class Adaptive:
     """Holds the experts that are expected to be used most, over one pool of slots for all layers.
 
-    A move pays if the newcomer is expected to be used MARGIN times more than its victim within the forecast's
-    horizon: a copy reads an expert once from host memory, as a miss does. A fetch reads what the host would have
-    read, so there it is enough to be expected more often. `costs` bound both: fetches must shorten their layer, moves
-    must hide behind a step.
+    A copy reads an expert once from host memory, as a miss does, so a move pays if it spares one use while the newcomer
+    is the better of the two, which is taken to be three of the forecast's horizons. A fetch reads what the host would
+    have read, so there it is enough to be expected more often. `costs` bound both: fetches must shorten their layer,
+    moves must hide behind a step.
     """
 
-    MARGIN = 1.0  # uses
+    MARGIN = 1 / 3  # uses in a horizon
 
     def __init__(self, slot_of: np.ndarray, costs: Costs):
         self.slot_of = slot_of.astype(np.int64)

@@ -21,6 +21,10 @@ LAYERS, EXPERTS, TOPK, LAYOUT = 3, 8, 2, ExpertLayout("FP32", 4, 4)
 COSTS = Costs(LAYOUT.blob_bytes, Curve((1,), (3e-8,)), Curve((1,), (1e-10,)), link=1e8, host_call=0, device_call=0)
 
 
+class Hesitant(Adaptive):
+    MARGIN = 1.0  # leaves something to fetch
+
+
 def tag(layer: int, expert: int) -> int:
     return layer * EXPERTS + expert
 
@@ -47,7 +51,7 @@ class Rig:
         for layer, expert in np.argwhere(slot_of >= 0):
             self.device.slots[slot_of[layer, expert]] = packed[layer].blob(expert)
         self.tiers = ExpertTiers(range(LAYERS), {}, self.device, slot_of, stream=None)
-        self.planner = Adaptive(slot_of, COSTS) if dynamic else Static(slot_of)
+        self.planner = Hesitant(slot_of, COSTS) if dynamic else Static(slot_of)
         background, urgent, streams = self.lines
         self.mover = Mover(packed, self.device.slots, background, urgent)
         self.tiers.adaptation = Adaptation(self.planner, RoutingCounts(LAYERS, EXPERTS, "cpu"), self.mover)

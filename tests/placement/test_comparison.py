@@ -24,6 +24,16 @@ def test_adaptive_beats_what_does_not_see_the_future(found, share):
     assert adaptive.tokens_per_second == max(replayed.tokens_per_second for replayed in found[share].values())
 
 
+def test_adaptive_finds_small_lasting_differences():
+    """Half of the experts fit, so those at the edge are used about as often as each other; nothing is recent."""
+    talk = Conversations(6, 96, 4, recency=0.0, prompt=(256, 300), answer=(80, 160))
+    case = Case(talk.steps(700), MACHINES["rtx5090"], talk.top_k, 300)
+    found = {name: case.run(name, 0.5) for name in ("frequency", "LRU", "adaptive")}
+    rates = {name: replayed.hit_rate for name, replayed in found.items()}
+    assert rates["adaptive"] > rates["LRU"] + 0.05 and rates["adaptive"] > rates["frequency"] - 0.01
+    assert found["adaptive"].copies < found["LRU"].copies / 4
+
+
 def test_kt_dynamic_stops_the_world(found):
     assert found[0.5]["kt-dynamic"].waiting > 0 and found[0.5]["kt-dynamic"].hit_rate > found[0.5]["uniform"].hit_rate
 
