@@ -299,13 +299,16 @@ class EngineConfig(Flags):
                 f"{self._movers[0]} copies experts from host memory, and --kt-weight-mode mmap leaves them in files. "
                 "Use --kt-weight-mode ram, or leave one of the two out."
             )
-        if self.kt_enable_dynamic_expert_update and not (self.kt_num_gpu_experts or self.kt_gpu_experts_ratio):
+        if self._movers and self.kt_max_deferred_experts_per_token:
             raise ConfigError(
-                "--kt-enable-dynamic-expert-update moves experts into the device's slots, and there are none. Give "
-                "--kt-num-gpu-experts or --kt-gpu-experts-ratio."
+                f"--kt-max-deferred-experts-per-token {self.kt_max_deferred_experts_per_token} defers experts by where "
+                f"they are, which {self._movers[0]} changes: the same request would get other answers. Leave one of "
+                "the two out."
             )
         if device == "cpu":
-            notes += [f"{flag} gains nothing here: both tiers are the same memory." for flag in self._movers]
+            notes += [f"{flag} copies nothing here: both tiers are the same memory." for flag in self._movers]
+        if self.kt_profile is not None and (device == "cpu" or not self._movers):
+            notes.append("--kt-profile has no effect: no experts are moved, so nothing has to be weighed.")
         if self.attention_backend not in ("auto", "torch"):
             notes.append(f"--attention-backend {self.attention_backend}: attention runs in torch in this version.")
         if self.fp8_gemm_backend != "auto":

@@ -84,6 +84,12 @@ def test_flags_that_cannot_work_are_refused_in_a_sentence(flags, words):
         ("--device cuda", {}, {}, ["cuda", "--device cpu"]),
         ("--kt-method FP8", {}, {}, ["FP8", "BF16"]),
         ("--kt-method FP8 --kt-weight-path s", {}, {"packed_as": "BF16"}, ["packed as BF16", "s ", "Use auto"]),
+        (
+            "--kt-max-deferred-experts-per-token 2 --kt-enable-dynamic-expert-update",
+            {},
+            {},
+            ["--kt-max-deferred-experts-per-token 2", "--kt-enable-dynamic-expert-update", "Leave one"],
+        ),
         ("--kt-weight-mode mmap", {}, {}, ["--kt-weight-mode mmap", "hetero-glm5 quantize", "--kt-weight-path"]),
         ("--kt-num-gpu-experts 17", {}, {}, ["17", "16"]),
         ("--context-length 8192", {}, {}, ["8192", "4096"]),

@@ -52,7 +52,7 @@ from hetero_glm5.weights.quantize import ExpertLayout
 
 log = logging.getLogger(__name__)
 
-SAME_MEMORY, SAME_CORES = 50e9, 1e12  # bytes/s and FLOP/s: both tiers' on a CPU
+SAME_MEMORY, SAME_CORES, NO_LINK = 50e9, 1e12, 1.0  # bytes/s, FLOP/s, bytes/s: of both tiers on a CPU
 
 
 class Engine:
@@ -82,7 +82,8 @@ class Engine:
         self.tiers.begin_step(decoded_rows(batch))
         logits = self.runner.forward(batch, self.clock)
         with self.clock("sampling"):
-            tokens = sample(logits, batch, self.model_config.eos_token_ids)  # waits for the device
+            tokens = sample(logits, batch, self.model_config.eos_token_ids)
+        self.runner.wait()  # sampling does, but for a step from which no token is drawn
         self.pool.check()
         self.tiers.end_step()
         return self.scheduler.commit(batch, tokens)
@@ -148,6 +149,7 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def close(self) -> None:
+        self.tiers.close()
         self.pool.close()
 
     @classmethod
@@ -192,6 +194,11 @@ class Engine:
         recorder = _recorder(config, model_config)
         slot_of = _placement(config, model_config)
         on_device = int(slot_of.max()) + 1
+        if config.kt_enable_dynamic_expert_update and not on_device:
+            raise ConfigError(
+                "--kt-enable-dynamic-expert-update moves experts into the device's slots, and there are none. Raise "
+                "--kt-num-gpu-experts or --kt-gpu-experts-ratio."
+            )
         memory = _memory(config, source, layout, machine, on_device)
         context_length = _context_length(config, model_config, memory.kv_tokens)
         for line in memory.report():
@@ -226,12 +233,12 @@ def _recorder(config: EngineConfig, model: ModelConfig) -> DistributionRecorder:
 
 
 def _costs(config: EngineConfig, layout: ExpertLayout) -> Costs:
-    """Of both tiers; on a CPU they are the same, so that whatever moves neither gains nor loses."""
+    """Of both tiers; on a CPU they are the same cores, one after the other, so that no copy pays."""
     if config.device == "cpu":
         curve = Curve.roofline(SAME_MEMORY, SAME_CORES, layout.bits_per_weight)
-        return Costs(layout.blob_bytes, curve, curve, link=SAME_MEMORY)
+        return Costs(layout.blob_bytes, curve, curve, link=NO_LINK)
     profile = None if config.kt_profile is None else Path(config.kt_profile)
-    return costs_here(profile, layout, config.kt_cpuinfer)
+    return costs_here(profile, layout, config.kt_cpuinfer, config.kt_numa_nodes or ())
 
 
 def _set_up_moves(tiers: ExpertTiers, config: EngineConfig, model: ModelConfig, costs: Costs) -> None:

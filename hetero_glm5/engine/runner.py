@@ -17,6 +17,11 @@ class Runner:
         self.model, self.experts, self.cache, self.page_size = model, experts, cache, page_size
         self.device = str(model.lm_head.device)
 
+    def wait(self) -> None:
+        """Until the device has done what it was asked to."""
+        if self.device.startswith("cuda"):
+            torch.cuda.current_stream().synchronize()
+
     @torch.inference_mode()
     def forward(self, batch: Batch, clock: Clocked) -> Tensor:
         """fp32 [chunks that draw, vocab], in the batch's order; also fills seq.logits where it is asked for."""

@@ -39,7 +39,7 @@ class Adaptation:
         moves = self.planner.fetch(layer, np.bincount(rows, minlength=self.slot_of.shape[1]))
         try:
             self.mover.fetch(moves)
-        except RuntimeError:
+        except BaseException:
             for move in moves:
                 self.planner.drop(move)
             raise

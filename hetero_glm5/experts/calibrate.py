@@ -47,13 +47,13 @@ class Layer(Protocol):
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, /) -> Tensor: ...
 
 
-def costs_here(profile: Path | None, layout: ExpertLayout, threads: int = 0) -> Costs:
+def costs_here(profile: Path | None, layout: ExpertLayout, threads: int = 0, nodes: Sequence[int] = ()) -> Costs:
     """Of a model's experts: from a profile, or from some seconds of measuring if there is none. UserError if the
     profile cannot be read, or was measured without a device or the format."""
     if profile is not None:
         return Profile.load(profile).costs(layout.method, layout.blob_bytes)
     shape = Shape(layout.hidden, layout.intermediate)
-    measured = calibrate([layout.method], threads=threads, seconds=QUICK_SECONDS, shape=shape)
+    measured = calibrate([layout.method], threads=threads, nodes=nodes, seconds=QUICK_SECONDS, shape=shape)
     return measured.costs(layout.method, layout.blob_bytes)
 
 
@@ -61,13 +61,17 @@ def calibrate(
     methods: Sequence[str],
     *,
     threads: int = 0,
+    nodes: Sequence[int] | None = None,
     seconds: float = 60.0,
     shape: Shape = Shape(),  # noqa: B008, cannot change
     tell: Callable[[str], None] = lambda doing: None,
 ) -> Profile:
-    """Curves of weight formats on the host, and on the device where there is one, in about `seconds`."""
+    """Curves of weight formats on the host, and on the device where there is one, in about `seconds`. threads, nodes:
+    as HostPool has them; nodes None = all, if there are several."""
     machine = hardware.probe(gpu=True)
-    pool = HostPool(threads, nodes=tuple(machine.numa) if len(machine.numa) > 1 else ())
+    if nodes is None:
+        nodes = tuple(machine.numa) if len(machine.numa) > 1 else ()
+    pool = HostPool(threads, nodes=nodes)
     host: dict[str, Curve] = {}
     device: dict[str, Curve] = {}
     turn = seconds / (len(methods) * (2 if machine.cuda else 1))

@@ -38,6 +38,9 @@ class Copies(Protocol):
 
     def mark(self) -> Mark: ...
 
+    def close(self) -> None:
+        """Waits for its copies, and lets go of the memory that it pinned."""
+
 
 class Ended:
     def passed(self) -> bool:
@@ -45,6 +48,16 @@ class Ended:
 
     def hold(self) -> None:
         pass
+
+
+class Failed(Ended):
+    """Of copies that could not even be asked for."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        self._error = error
+
+    def passed(self) -> bool:
+        raise self._error
 
 
 class AtOnce:
@@ -61,6 +74,9 @@ class AtOnce:
 
     def mark(self) -> Mark:
         return Ended()
+
+    def close(self) -> None:
+        pass
 
 
 class CudaMark:
@@ -79,6 +95,7 @@ class CudaCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
+        self._pinned: list[Tensor] = []
 
     def pin(self, memory: Tensor) -> None:
         error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
@@ -88,6 +105,7 @@ class CudaCopies:
                 f"{error}), which moving experts needs. Start without --kt-enable-dynamic-expert-update and with "
                 "--kt-gpu-prefill-token-threshold 0, or raise the limit of locked memory (ulimit -l)."
             )
+        self._pinned.append(memory)
 
     def after_compute(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -98,6 +116,11 @@ class CudaCopies:
 
     def mark(self) -> Mark:
         return CudaMark(self._stream.record_event())
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        while self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr())
 
 
 def copies_for(device: torch.device) -> Callable[[], Copies]:

@@ -61,9 +61,14 @@ class DividedPrefill:
         self._free = sorted(set(range(STAGES)) - {staged.slot for staged in useful})
         self._fill()
         self._began[layer] = [staged.expert for staged in self._staged]
-        on_host = here < 0
+        on_host = (here < 0) & (tokens > 0)
         on_host[streamed] = False
         return on_host
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are copied experts to compute."""
+        return bool(self._staged)
 
     def compute(self, layer: int, x: Tensor, ids: np.ndarray, weights: Tensor) -> Tensor:
         """After begin(): the part of the sum that the copied experts have, fp32 [T, hidden]; weights fp32 [T, k] on the

@@ -79,6 +79,7 @@ def divide_prefills(tiers: ExpertTiers, threshold: int, costs: Costs) -> None:
 def pin(tiers: ExpertTiers) -> None:
     """Lets copies read the host's experts directly. UserError if that cannot be."""
     copies = _copies(tiers)()
+    tiers.pinning.append(copies)
     for packed in _packed(tiers):
         for memory in packed.weights.memory:
             copies.pin(torch.from_numpy(memory))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hetero_glm5.experts.copies import Copies, Mark
+from hetero_glm5.experts.copies import Copies, Failed, Mark
 from hetero_glm5.placement.planner import Move
 from hetero_glm5.weights.quantize import PackedExperts
 
@@ -24,13 +24,18 @@ class Mover:
         self._flying: deque[tuple[Move, Mark]] = deque()
 
     def start(self, moves: Sequence[Move]) -> None:
-        """Copies behind the next step. What their slots held is not to be used any more."""
+        """Copies behind the next step. What their slots held is not to be used any more. Does not raise: settle() tells
+        of what failed."""
         if not moves:
             return
-        self.background.after_compute()
-        for move in moves:
-            copy_expert(self.experts[move.layer], move.expert, self.slots[move.slot], self.background)
-            self._flying.append((move, self.background.mark()))
+        try:
+            self.background.after_compute()
+            for move in moves:
+                copy_expert(self.experts[move.layer], move.expert, self.slots[move.slot], self.background)
+                self._flying.append((move, self.background.mark()))
+        except RuntimeError as error:
+            started = {move for move, _ in self._flying}
+            self._flying += ((move, Failed(error)) for move in moves if move not in started)
 
     def settle(self) -> tuple[int, list[Move]]:
         """Of the moves that start() was given: how many, the newest, have not ended, and which of the others failed."""
@@ -51,9 +56,16 @@ class Mover:
         if not moves:
             return
         self.urgent.after_compute()
-        for move in moves:
-            copy_expert(self.experts[move.layer], move.expert, self.slots[move.slot], self.urgent)
-        self.urgent.mark().hold()
+        try:
+            for move in moves:
+                copy_expert(self.experts[move.layer], move.expert, self.slots[move.slot], self.urgent)
+        finally:  # also what was copied before a failure is in order with what follows
+            self.urgent.mark().hold()
+
+    def close(self) -> None:
+        """Waits for all copies."""
+        self.background.close()
+        self.urgent.close()
 
 
 def copy_expert(experts: PackedExperts, expert: int, slot: Tensor, copies: Copies) -> None:

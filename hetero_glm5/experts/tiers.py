@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hetero_glm5.core import no_clock
 from hetero_glm5.experts.adaptation import Adaptation
+from hetero_glm5.experts.copies import Copies
 from hetero_glm5.experts.cpu_tier import CpuExperts
 from hetero_glm5.experts.divided import DividedPrefill
 from hetero_glm5.experts.gpu_tier import GpuExperts
@@ -46,11 +47,18 @@ class ExpertTiers:
         self.recording: Recording | None = None
         self.adaptation: Adaptation | None = None
         self.divided: DividedPrefill | None = None
+        self.pinning: list[Copies] = []  # what has pinned the host's experts
         self.deferred = 0
-        self.slot_of = torch.from_numpy(slot_of).to(device.slots.device)
+        self.slot_of = torch.tensor(slot_of, device=device.slots.device)
         self._slot_of = slot_of.copy()  # the same, here
         self._index = {layer: i for i, layer in enumerate(layers)}
         self._late: Join | None = None  # what the previous layer deferred
+
+    def close(self) -> None:
+        """Waits for copies of experts, and lets go of their memory."""
+        for user in (self.adaptation and self.adaptation.mover, self.divided and self.divided.copies, *self.pinning):
+            if user:
+                user.close()
 
     def slots(self, layer: int) -> Tensor:
         """int64 [experts] of one of the model's layers, -1 = host."""
@@ -65,7 +73,7 @@ class ExpertTiers:
             self.adaptation.begin(decoded)
 
     def end_step(self) -> None:
-        """After the step's last kernel was waited for: experts move between steps."""
+        """After the step's last kernel was waited for: moves that have ended come into use, others begin."""
         if self.recording is not None:
             self.recording.end()
         if self.adaptation is not None:
@@ -92,7 +100,7 @@ class ExpertTiers:
     def _split(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock) -> list[Join]:
         index, parts = self._index[layer], []
         slots = self.slots(layer)[ids]
-        if layer in self.host:
+        if (self._slot_of[index] < 0).any():
             on_host = ids.masked_fill(slots >= 0, -1)
             with clock("host_experts"):
                 if self.deferred and index + 1 < len(self._index):
@@ -122,9 +130,10 @@ class ExpertTiers:
             with clock("device_experts"):
                 resident = self.device(x, self.slots(layer)[ids], weights)
             parts.append(lambda: resident)
-        with clock("device_experts"):
-            y = divided.compute(index, x, host_ids, weights)
-        parts.append(lambda: y)
+        if divided.begun:
+            with clock("device_experts"):
+                y = divided.compute(index, x, host_ids, weights)
+            parts.append(lambda: y)
         return parts
 
     def _fetch(self, adaptation: Adaptation, index: int, ids: Tensor) -> None:

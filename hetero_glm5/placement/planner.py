@@ -35,7 +35,7 @@ class Planner(Protocol):
         now and to compute on the device in this very step; slot_of has them on return."""
 
     def may_fetch(self, routed: int) -> bool:
-        """Whether fetch() could name experts for a layer of which `routed` are used."""
+        """Whether fetch() is to be called for a layer in which rows chose experts `routed` times in all."""
 
     def drop(self, move: Move) -> None:
         """The copy of a move or of a fetch has failed: its expert is on the host, and its slot is nobody's."""

@@ -64,7 +64,7 @@ def replay(steps: Steps, planner: Planner, costs: Costs, warm_up: int = 0) -> Re
         only_decode = step not in steps.prefill
         for layer, tokens in enumerate(decode):
             resident[layer] = planner.slot_of[layer] >= 0
-            if only_decode:
+            if only_decode and planner.may_fetch(int(tokens.sum())):
                 fetched[layer, [move.expert for move in planner.fetch(layer, tokens)]] = True
         cost = costs.layers(decode, resident, fetched)
         busy, seconds = cost.link.sum(), cost.seconds.sum()

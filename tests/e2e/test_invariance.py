@@ -1,10 +1,12 @@
 """Nothing changes the tokens: fp32 greedy output is the same wherever experts are and however work is cut."""
 
+import itertools
 import shutil
 from collections import Counter
 
 import pytest
 import torch
+from cheap_link import weigh_by
 from cuda_standin import PatientStream
 from oracle import LATENT_EPS, oracle_logits, random_ids
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,6 @@ from hetero_glm5.core import SamplingParams, UserError
 from hetero_glm5.engine.scheduler import Scheduler
 from hetero_glm5.experts.cpu_tier import CpuExperts
 from hetero_glm5.llm import LLM
-from hetero_glm5.placement.cost import Costs, Curve
 from hetero_glm5.weights.quantize import PackedExperts
 
 PROMPTS = [random_ids(30, seed=1), random_ids(5, seed=2), random_ids(61, seed=3)]
@@ -100,7 +101,6 @@ def test_host_experts_on_a_stream(folder, plain, standin):
     stream.destroy()
 
 
-CHEAP_LINK = Costs(1 << 20, Curve((1,), (1e-9,)), Curve((1,), (1e-12,)), link=1e12, host_call=0, device_call=0)
 MOVING = {
     "migration": {"kt_enable_dynamic_expert_update": True, "kt_num_gpu_experts": 5},
     "divided prefill": {"kt_gpu_prefill_token_threshold": "4"},
@@ -117,7 +117,7 @@ MOVING = {
 @pytest.mark.parametrize("on_a_stream", [False, True])
 def test_experts_that_move(folder, plain, monkeypatch, standin, what, on_a_stream):
     """Under concurrent load, with misses that are fetched, and streamed experts; a cheap link makes all of it pay."""
-    monkeypatch.setattr("hetero_glm5.engine.engine._costs", lambda config, layout: CHEAP_LINK)
+    weigh_by(monkeypatch)
     flags = {"max_total_tokens": 512, "page_size": 8, "latent_norm_eps": LATENT_EPS} | MOVING[what]
     stream = PatientStream(standin, most_delay=50)
     with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
@@ -143,22 +143,43 @@ def _lines(tiers):
     return lines if tiers.divided is None else lines | {"streamed": tiers.divided.copies}
 
 
-def test_a_copy_that_fails_ends_only_its_step(folder, plain, monkeypatch):
-    """A fetch that fails is the step's error; the next requests find every expert where it is said to be."""
-    monkeypatch.setattr("hetero_glm5.engine.engine._costs", lambda config, layout: CHEAP_LINK)
+def _failing(copies, monkeypatch, after: int):
+    """Copies that leave rubbish and raise, from the call number `after` on."""
+    calls, copy = itertools.count(), copies.copy
+
+    def fail(target, source):
+        if next(calls) < after:
+            return copy(target, source)
+        target.fill_(0xFF)
+        raise RuntimeError("the link is down")
+
+    monkeypatch.setattr(copies, "copy", fail)
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_move_that_fails_touches_no_request(folder, plain, monkeypatch, after, caplog):
+    weigh_by(monkeypatch)
     flags = {"max_total_tokens": 512, "page_size": 8, "latent_norm_eps": LATENT_EPS} | MOVING["migration"]
     with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
-        urgent = llm.engine.tiers.adaptation.mover.urgent
-        copy = urgent.copy
+        tiers = llm.engine.tiers
+        with monkeypatch.context() as patch:
+            _failing(tiers.adaptation.mover.background, patch, after)
+            assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == plain
+        assert "the link is down" in caplog.text
+        assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == plain
+        assert (tiers.slot_of.numpy() == tiers.adaptation.slot_of).all()
 
-        def fail(target, source):
-            target.fill_(0xFF)
-            raise RuntimeError("the link is down")
 
-        urgent.copy = fail
-        with pytest.raises(RuntimeError, match="the link is down"):
-            llm.generate(PROMPTS, GREEDY)
-        urgent.copy = copy
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_fetch_that_fails_ends_only_its_step(folder, plain, monkeypatch, after):
+    """It is the step's error; the next requests find every expert where it is said to be."""
+    weigh_by(monkeypatch)
+    flags = {"max_total_tokens": 512, "page_size": 8, "latent_norm_eps": LATENT_EPS} | MOVING["migration"]
+    with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
+        with monkeypatch.context() as patch:
+            _failing(llm.engine.tiers.adaptation.mover.urgent, patch, after)
+            with pytest.raises(RuntimeError, match="the link is down"):
+                llm.generate(PROMPTS, GREEDY)
         assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == plain
 
 

@@ -1,22 +1,23 @@
 """The engine and the simulator hold the same experts on the device after every step of the same trace."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from cheap_link import CHEAP_LINK, weigh_by
 from oracle import LATENT_EPS, random_ids
 from tiny import tiny_checkpoint
 
 from hetero_glm5.core import SamplingParams
 from hetero_glm5.llm import LLM
-from hetero_glm5.placement.cost import Costs, Curve
 from hetero_glm5.placement.planner import Adaptive
 from hetero_glm5.placement.simulate import replay
 from hetero_glm5.placement.trace import Steps
 from hetero_glm5.quality.tracing import record
 
-CURVES = Curve((1,), (1e-9,)), Curve((1,), (1e-12,))
 COSTS = {  # of the link: so fast that much moves, and so slow that nearly nothing hides behind a step
-    "fast": Costs(1 << 20, *CURVES, link=1e12, host_call=0, device_call=0),
-    "slow": Costs(1 << 20, *CURVES, link=4e8, host_call=0, device_call=0),
+    "fast": CHEAP_LINK,
+    "slow": replace(CHEAP_LINK, link=4e8),
 }
 FLAGS = {"kt_enable_dynamic_expert_update": True, "kt_num_gpu_experts": 4, "max_total_tokens": 512, "page_size": 8}
 
@@ -37,7 +38,7 @@ def watched(planner: Adaptive) -> list[np.ndarray]:
 @pytest.mark.parametrize("link", COSTS)
 def test_step_for_step(checkpoints, monkeypatch, link):
     costs = COSTS[link]
-    monkeypatch.setattr("hetero_glm5.engine.engine._costs", lambda config, layout: costs)
+    weigh_by(monkeypatch, costs)
     prompts = [random_ids(length, seed=length) for length in (30, 5, 61, 12, 44)]
     with LLM(tiny_checkpoint(checkpoints), device="cpu", dtype="float32", skip_tokenizer=True,
              latent_norm_eps=LATENT_EPS, max_running_requests=3, chunked_prefill_size=32, **FLAGS) as llm:  # fmt: skip

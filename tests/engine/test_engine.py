@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from cheap_link import weigh_by
 from oracle import random_ids
 from tiny import tiny_checkpoint
 
 from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import SamplingParams
 from hetero_glm5.engine.engine import Engine
+from hetero_glm5.flags import ConfigError
 from hetero_glm5.llm import LLM
 from hetero_glm5.quality.tracing import record
 
@@ -57,6 +59,12 @@ def test_an_idle_engine_steps_for_nothing(engine):
     assert not engine.busy and engine.step() == []
 
 
+def test_moving_needs_a_slot(checkpoints):
+    flags = {"kt_enable_dynamic_expert_update": True, "kt_gpu_experts_ratio": 0.0001}
+    with pytest.raises(ConfigError, match="there are none. Raise --kt-num-gpu-experts"):
+        Engine.load(EngineConfig(model=str(tiny_checkpoint(checkpoints)), device="cpu", **flags))
+
+
 def test_the_report_counts_what_moving_experts_takes(checkpoints, caplog):
     moves = {"kt_num_gpu_experts": 2, "kt_enable_dynamic_expert_update": True, "kt_gpu_prefill_token_threshold": "64"}
     config = EngineConfig(model=str(tiny_checkpoint(checkpoints)), device="cpu", max_total_tokens=256, **moves)
@@ -67,7 +75,8 @@ def test_the_report_counts_what_moving_experts_takes(checkpoints, caplog):
 
 
 @pytest.mark.parametrize(("held", "moving"), [(0, False), (4, False), (4, True)])
-def test_a_dump_counts_what_a_trace_holds(checkpoints, tmp_path, held, moving):
+def test_a_dump_counts_what_a_trace_holds(checkpoints, tmp_path, monkeypatch, held, moving):
+    weigh_by(monkeypatch)
     prompts = [random_ids(length, seed=length) for length in (20, 9, 33)]
     flags = {"record_kt_gpu_expert_distribution": True, "expert_distribution_recorder_dir": str(tmp_path)}
     flags |= {"max_running_requests": 2, "chunked_prefill_size": 7, "kt_num_gpu_experts": held}

@@ -96,6 +96,9 @@ class StandinCopies:
     def mark(self) -> StandinMark:
         return StandinMark(self)
 
+    def close(self) -> None:
+        self.line.point().wait()
+
 
 class TaggedExperts(GpuExperts):
     """Computes nothing: looks whether the experts that it is asked for are in their slots. A blob is its tag as int64
