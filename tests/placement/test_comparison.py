@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from hetero_glm5.placement.comparison import MACHINES, PLANNERS, Case
 from hetero_glm5.placement.synthetic import Conversations
+from hetero_glm5.placement.trace import Steps, Trace
 
+DEMO_TRACE = Path(__file__).with_name("data") / "demo.trace"  # hetero-glm5 trace record, 40 requests
 TALK = Conversations(6, 96, 4, prompt=(256, 300), answer=(80, 160))
 
 
@@ -42,3 +46,15 @@ def test_every_policy_starts_with_the_budget():
     case = Case(TALK.steps(20), MACHINES["rtx4090"], TALK.top_k)
     assert all((case.planner(name, 0.3).slot_of >= 0).sum() == 173 == case.budget(0.3) for name in PLANNERS)
     assert len({np.sort(case.planner(name, 0.3).slot_of, None).tobytes() for name in PLANNERS}) == 1
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_the_demo_models_own_routing(share):
+    """Which hardly drifts: a static choice that has seen the trace is hard to beat, and caches churn."""
+    steps = Steps.of(Trace.load(DEMO_TRACE))
+    case = Case(steps, MACHINES["rtx4090"], 4, len(steps) // 5)
+    found = {name: case.run(name, share) for name in ("uniform", "frequency", "kt-dynamic", "LRU", "LFU", "adaptive")}
+    rates = {name: replayed.hit_rate for name, replayed in found.items()}
+    seen = rates.pop("frequency")
+    assert rates["adaptive"] == max(rates.values()) and rates["adaptive"] > 0.9 * seen, (seen, rates)
+    assert found["adaptive"].copies < found["LRU"].copies / 4
