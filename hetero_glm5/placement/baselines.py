@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from hetero_glm5.placement.planner import Move, Static
 from hetero_glm5.placement.trace import Steps
 
 
-class _Cache(Static):
+class _Cache(Static, ABC):
     """Fetches misses into the slots of lowest `priority` [layers, experts], over one pool."""
 
     bypass = False  # whether a miss that has a lower priority than what it would replace stays on the host
@@ -46,8 +47,9 @@ class _Cache(Static):
     def may_fetch(self, routed: int) -> bool:
         return True
 
+    @abstractmethod
     def _touch(self, layer: int, used: np.ndarray) -> None:
-        raise NotImplementedError
+        """Sets the priorities of a layer's experts that are being used."""
 
     def end_step(self, decode: np.ndarray, prefill: np.ndarray, late: int = 0) -> list[Move]:
         self._step += 1

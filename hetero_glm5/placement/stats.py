@@ -7,7 +7,6 @@ it stand `decode_count` and `prefill_count` [layers, experts], its two parts.
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import zipfile
@@ -28,43 +27,28 @@ KEY, PHASE_KEYS = "logical_count", ("decode_count", "prefill_count")
 
 
 class RoutingStats:
-    """Selections of every expert, decode and prefill apart. One counts half after `half_life` more tokens of its phase;
-    with an infinite half-life the counts are exact up to 2^53."""
+    """Selections of every expert, decode and prefill apart."""
 
-    def __init__(self, model: ModelConfig, half_life: float = math.inf):
-        self.model, self.half_life = model, half_life
-        self.counts = np.zeros((2, len(model.moe_layers), model.n_routed_experts))  # decode, prefill
+    def __init__(self, model: ModelConfig):
+        self.model = model
+        self.counts = np.zeros((2, len(model.moe_layers), model.n_routed_experts), dtype=np.int64)  # decode, prefill
 
     def add(self, decode: np.ndarray, prefill: np.ndarray) -> None:
         """The counts of a step, or of several together, int64 [MoE layers, experts] each."""
-        new = np.stack([decode, prefill])
-        self.counts *= np.exp2(-self._tokens(new) / self.half_life)[:, None, None]
-        self.counts += new
+        self.counts += np.stack([decode, prefill])
 
     @property
     def tokens(self) -> tuple[float, float]:
-        """Of decode and of prefill, each as often as it counts."""
-        decode, prefill = self._tokens(self.counts).tolist()
+        """Of decode and of prefill."""
+        _, layers, _ = self.counts.shape
+        decode, prefill = (self.counts.sum(axis=(1, 2)) / (layers * self.model.num_experts_per_tok)).tolist()
         return decode, prefill
-
-    def _tokens(self, counts: np.ndarray) -> np.ndarray:
-        return counts.sum(axis=(1, 2)) / (counts.shape[1] * self.model.num_experts_per_tok)
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
-        """What a file holds: int64 if the half-life is infinite, else float64."""
-        counts = self.counts if math.isfinite(self.half_life) else self.counts.astype(np.int64)
-        decode, prefill = all_layers(counts, self.model)
+        """What a file holds, int64."""
+        decode, prefill = all_layers(self.counts, self.model)
         return {KEY: (decode + prefill)[None]} | dict(zip(PHASE_KEYS, (decode, prefill), strict=True))
-
-    def save(self, path: Path) -> None:
-        """Raises OSError."""
-        save_tensors(path, self.tensors)
-
-    def load(self, path: Path) -> None:
-        """Takes the counts that save() wrote for a model of this shape. Raises UserError."""
-        data = _read(path, f"{path}")
-        self.counts = np.stack([_totals(data, f"{path}", key, self.model) for key in PHASE_KEYS])
 
 
 def all_layers(of_moe_layers: np.ndarray, model: ModelConfig) -> np.ndarray:
@@ -79,7 +63,22 @@ def load_counts(path: str, model: ModelConfig) -> np.ndarray:
     """float64 [MoE layers, experts] from a .safetensors or .pt file with `logical_count` [..., layers, experts] for all
     layers; only MoE layers is fine too. Raises UserError."""
     name = f"--init-expert-location {path}"
-    return _totals(_read(Path(path), name), name, KEY, model)
+    data = _read(Path(path), name)
+    counts = data.get(KEY) if isinstance(data, dict) else None
+    if not isinstance(counts, torch.Tensor) or not _is_plain(counts):
+        raise UserError(f'{name} has no real tensor "{KEY}" of shape [..., layers, experts].')
+    totals = counts.detach().double().reshape(-1, *counts.shape[-2:]).sum(0).numpy()
+    moe_layers, experts = list(model.moe_layers), model.n_routed_experts
+    if totals.shape == (model.num_hidden_layers, experts):
+        totals = totals[moe_layers]
+    if totals.shape != (len(moe_layers), experts):
+        raise UserError(
+            f"{name} counts {totals.shape[0]} layers of {totals.shape[1]} experts; this model has "
+            f"{model.num_hidden_layers} layers ({len(moe_layers)} MoE) of {experts}."
+        )
+    if not np.isfinite(totals).all() or (totals < 0).any():
+        raise UserError(f"{name} holds negative or non-finite counts.")
+    return totals
 
 
 def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -96,25 +95,6 @@ def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def _totals(data: Any, name: str, key: str, model: ModelConfig) -> np.ndarray:
-    """float64 [MoE layers, experts] from data[key] [..., layers, experts], summed."""
-    counts = data.get(key) if isinstance(data, dict) else None
-    if not isinstance(counts, torch.Tensor) or not _is_plain(counts):
-        raise UserError(f'{name} has no real tensor "{key}" of shape [..., layers, experts].')
-    totals = counts.detach().double().reshape(-1, *counts.shape[-2:]).sum(0).numpy()
-    moe_layers, experts = list(model.moe_layers), model.n_routed_experts
-    if totals.shape == (model.num_hidden_layers, experts):
-        totals = totals[moe_layers]
-    if totals.shape != (len(moe_layers), experts):
-        raise UserError(
-            f"{name} counts {totals.shape[0]} layers of {totals.shape[1]} experts; this model has "
-            f"{model.num_hidden_layers} layers ({len(moe_layers)} MoE) of {experts}."
-        )
-    if not np.isfinite(totals).all() or (totals < 0).any():
-        raise UserError(f"{name} holds negative or non-finite counts.")
-    return totals
 
 
 def _is_plain(counts: torch.Tensor) -> bool:
