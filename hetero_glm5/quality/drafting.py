@@ -43,7 +43,8 @@ class Drafter:
             weights = source.getter(dtype, "cpu")
             self.model = GLM5(self.config, weights)
             self.mtp = MTP(self.model, weights)
-            host_only = np.full((len(self.config.moe_layers) + 1, self.config.n_routed_experts), -1)
+            layers = [*self.config.moe_layers, self.config.num_hidden_layers]
+            host_only = dict.fromkeys(layers, np.full(self.config.n_routed_experts, -1))
             experts = source.experts(source.layout(method))
             self.experts = load_tiers(source, experts, host_only, device="cpu", pool=self._pool)
         finally:
