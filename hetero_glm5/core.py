@@ -202,7 +202,7 @@ class Batch:
     copies: list[SlotCopy] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.chunks)
+        return bool(self.chunks or self.restored or self.copies)
 
 
 @dataclass(frozen=True)

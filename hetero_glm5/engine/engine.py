@@ -84,7 +84,7 @@ class Engine:
         self.batch = Batch([])  # should schedule() fail, no sequence is to blame
         late = self.scheduler.expire(time.monotonic())
         batch = self.batch = self.scheduler.schedule()
-        if not batch.chunks and not batch.restored:
+        if not batch:
             return late or self._idle()
         started = time.perf_counter()
         self.tiers.begin_step(decoded_rows(batch))

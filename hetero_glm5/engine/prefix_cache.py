@@ -19,6 +19,8 @@ from itertools import count
 from hetero_glm5.core import Sequence, SlotCopy
 from hetero_glm5.engine.kv_cache import PagePool
 
+NO_PAGE = -1  # of a root, which stands for no tokens
+
 Tokens = tuple[int, ...]
 Key = Callable[[bytes | None, Tokens, str | None], bytes]  # of the page above, the tokens, the salt
 
@@ -35,6 +37,7 @@ class Node:
     order: list[Tokens] = field(default_factory=list)  # the children's, sorted
     users: int = 0
     used: int = 0
+    salt: str | None = None  # a root's
 
     def nearest(self, tokens: Tokens) -> tuple[Node | None, int]:
         """The child that begins most like `tokens`, and how many tokens agree. In sorted order it is a neighbour."""
@@ -195,7 +198,6 @@ class PrefixCache:
             self._cut(nodes[0])
         for node in reversed(nodes):
             self._drop_use(node)
-        self._forget_root(seq.salt)
         self.pool.release(own)
         seq.pages.clear()
         seq.num_computed, seq.drafts = 0, ()
@@ -211,12 +213,7 @@ class PrefixCache:
             self._evict()
 
     def _root(self, salt: str | None) -> Node:
-        return self._roots.setdefault(salt, Node(-1, (), None))
-
-    def _forget_root(self, salt: str | None) -> None:
-        root = self._roots.get(salt)
-        if root is not None and not root.children:
-            del self._roots[salt]
+        return self._roots.setdefault(salt, Node(NO_PAGE, (), None, salt=salt))
 
     def _insert(self, above: Node, page: int, tokens: Tokens) -> Node:
         for shorter in self._prefixes(above, tokens):
@@ -281,6 +278,8 @@ class PrefixCache:
         assert above is not None
         del above.children[node.tokens]
         del above.order[bisect_left(above.order, node.tokens)]
+        if above.page == NO_PAGE and not above.children:
+            self._roots.pop(above.salt, None)
 
     def _cut(self, top: Node) -> None:
         """Takes a node and all below it out of the tree; what has users is freed with the last of them."""

@@ -111,12 +111,17 @@ class Scheduler:
     def schedule(self) -> Batch:
         self.cache.unpin()
         batch = Batch([])
+        before = self.counts.preemptions
         decodes = self._decodes()
-        self._admit(batch.copies)
+        crowded = self.counts.preemptions > before  # whoever made room now must use it before anybody is let in
+        if not crowded:
+            self._admit(batch.copies)
+        decodes += self._resumed(decodes)
         prefills = self._prefills(batch.restored)
-        batch.chunks.extend(prefills if prefills and not self.config.enable_mixed_chunk else decodes + prefills)
+        alone = prefills and not (self.config.enable_mixed_chunk or crowded)
+        batch.chunks.extend(prefills if alone else decodes + prefills)
         idle = not (self.running or self.waiting) or self.waits_for_store
-        assert batch or batch.restored or idle, "nothing can be scheduled: the pool is too small"
+        assert batch or idle, "nothing can be scheduled: the pool is too small"
         return batch
 
     def _decodes(self) -> list[Chunk]:
@@ -128,6 +133,12 @@ class Scheduler:
                 fits = self.cache.grow(seq, len(seq.tokens) + len(seq.drafts))
                 chunks.append(Chunk(seq, 1, seq.drafts if fits else ()))
         return chunks
+
+    def _resumed(self, decodes: list[Chunk]) -> list[Chunk]:
+        """For sequences that were preempted, let in again, and found whole."""
+        there = {chunk.seq for chunk in decodes}
+        seqs = [s for s in self.running if s.decoding and s not in there and self.cache.grow(s, len(s.tokens))]
+        return [Chunk(seq, 1) for seq in seqs]
 
     def _prefills(self, restored: list[tuple[int, Any]]) -> list[Chunk]:
         prompts = [seq for seq in self.running if not seq.decoding and not self._restore(seq, restored)]
