@@ -1,15 +1,15 @@
 """Finished KV pages as files: they outlive the process, and no damaged one is ever handed out.
 
 `folder/ab/ab12…`, named by the page's key in hex, is a header and the page's bytes. The header holds the key, the size
-and a CRC-32 of both and the data, so a file is intact exactly if its header equals the one this page would be written
-with; anything torn, flipped or renamed differs and is deleted. (CRC-32 because it is never what a read waits for:
-6.7 GB/s a thread in zlib where SHA-256 makes 1.9 and BLAKE2b 1.3.)
+and the data's CRC-32 (why that one: weights/expert_store.py), so a file is intact if its header equals the one that its
+page would be written with now. What is torn, flipped, cut or renamed differs, and is deleted; a torn page passes once
+in 2^32.
 
-A file is written under another name, `fdatasync`ed, and renamed. The sync is not what makes pages safe (the checksum
-is); it makes the disk report its errors while the page can still be counted as dropped, bounds dirty memory to one
-page, and lets the page cache drop the copy at once: memory here belongs to the experts. It costs the writer thread,
-and nobody else, about half its rate at 7 MB a page. The writer holds an flock on its unfinished file, so the next
-start can tell what a killed writer left behind from what another process is writing.
+A file is written under another name, synced and renamed. The sync is not what makes pages safe, the checksum is: it
+makes the disk tell its errors while the page can still be left out, bounds dirty memory to one page, and lets the page
+cache drop its copy at once, for memory here belongs to the experts. It costs the writer thread, and no other, about two
+thirds of its rate at 7 MB a page. The writer holds an flock on its unfinished file, so a start can tell what a killed
+writer left behind from what another process is writing.
 
 Several processes may share a folder. A file that vanishes is a miss; each process holds to the size limit what it found
 at its start and wrote itself. Prompts are private: files are 0600, folders 0700.
@@ -43,9 +43,7 @@ log = logging.getLogger(__name__)
 Page = npt.NDArray[np.uint8]
 
 MAGIC, VERSION = b"glm5page", 1
-PREFIX = struct.Struct("<8sII")  # magic, version, CRC-32 of the rest of the file
-IDENTITY = struct.Struct("<Q32s")  # page_bytes, key
-HEADER_BYTES = PREFIX.size + IDENTITY.size
+HEADER = struct.Struct("<8sIIQ32s")  # magic, version, CRC-32 of the data, its size, key
 PARTIAL = ".partial"  # ending of a file that is being written
 NAME = re.compile(rf"([0-9a-f]{{64}})(\.[0-9a-f]+{re.escape(PARTIAL)})?")
 LEAST_PAGES = 4
@@ -74,7 +72,7 @@ class DiskPages:
     """
 
     def __init__(self, folder: Path, page_bytes: int, limit: int):
-        check_limit("--kv-disk-size", limit, HEADER_BYTES + page_bytes)
+        check_limit("--kv-disk-size", limit, HEADER.size + page_bytes)
         self.folder, self.page_bytes, self.limit = folder, page_bytes, limit
         self.bytes = 0
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -104,10 +102,10 @@ class DiskPages:
         path, page = self._path(key), np.empty(self.page_bytes, np.uint8)
         try:
             with path.open("rb") as file:
-                header, got, more = file.read(HEADER_BYTES), file.readinto(page.data), file.read(1)
+                header, got, more = file.read(HEADER.size), file.readinto(page.data), file.read(1)
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             if got == self.page_bytes and not more and header == make_header(key, page):
-                self._count(disk_hits=1, bytes_read=HEADER_BYTES + got)
+                self._count(disk_hits=1, bytes_read=HEADER.size + got)
                 page.flags.writeable = False
                 return page
             self._trouble("damaged", f"{path} is damaged: it is deleted, and its page computed again.")
@@ -121,7 +119,7 @@ class DiskPages:
 
     def write(self, key: bytes, page: Page) -> None:
         """Writes a file and evicts what no longer fits beside it. On an error the page is not on disk."""
-        path, size = self._path(key), HEADER_BYTES + self.page_bytes
+        path, size = self._path(key), HEADER.size + self.page_bytes
         self._forget(key)
         self._make_room(size)
         try:
@@ -216,8 +214,7 @@ class DiskPages:
 
 
 def make_header(key: bytes, page: Page) -> bytes:
-    identity = IDENTITY.pack(page.nbytes, key)
-    return PREFIX.pack(MAGIC, VERSION, zlib.crc32(page.data, zlib.crc32(identity))) + identity
+    return HEADER.pack(MAGIC, VERSION, zlib.crc32(page.data), page.nbytes, key)
 
 
 def sweep(path: str) -> None:

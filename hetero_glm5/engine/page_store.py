@@ -224,9 +224,10 @@ class PageStore:
     def _read(self, fetch: Fetch) -> None:
         assert self._disk is not None
         while not self._closed and (index := fetch.claim()) is not None:
-            page = None
+            page = self._host.get(fetch.keys[index])  # another fetch may have brought it meanwhile
             try:
-                page = self._disk.read(fetch.keys[index])
+                if page is None:
+                    page = self._disk.read(fetch.keys[index])
             finally:
                 fetch.deliver(index, page)
         if self._closed:

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from hetero_glm5.core import UserError
-from hetero_glm5.engine.disk_pages import HEADER_BYTES, LEAST_PAGES, TOUCH_SECONDS, DiskPages, make_header
+from hetero_glm5.engine.disk_pages import HEADER, LEAST_PAGES, TOUCH_SECONDS, DiskPages, make_header
 
 SIZE = 300
-FILE = SIZE + HEADER_BYTES
+FILE = SIZE + HEADER.size
 ROOMY = 100 * FILE
 
 
@@ -109,7 +109,7 @@ def write_as(folder: Path, i: int, data: bytes) -> None:
         make_header(key(0), page(0)) + page(1).tobytes(),
         make_header(key(0), page(0)) + page(0).tobytes()[:-1],
         make_header(key(0), page(0)) + page(0).tobytes() + b"\0",
-        make_header(key(0), page(0))[: HEADER_BYTES - 1],
+        make_header(key(0), page(0))[: HEADER.size - 1],
         make_header(key(0), page(0, SIZE + 8)) + page(0, SIZE + 8).tobytes(),
         (make_header(key(0), page(0)) + page(0).tobytes())[: FILE // 2].ljust(FILE, b"\0"),
     ],
@@ -212,6 +212,20 @@ def test_only_what_a_dead_writer_left_is_swept(tmp_path):
     assert list(home.iterdir()) == [path(tmp_path, 0)]
 
 
+def test_a_start_leaves_alone_what_another_writes(tmp_path, monkeypatch):
+    sync, begun = os.fdatasync, []
+
+    def start_another(file):
+        begun.append(files(tmp_path)[0].name)
+        assert held(DiskPages(tmp_path, SIZE, ROOMY)) == []
+        sync(file)
+
+    monkeypatch.setattr(os, "fdatasync", start_another)
+    pages = filled(tmp_path, 0)
+    assert len(begun) == 1 and begun[0].endswith(".partial")
+    assert_read(pages, 0)
+
+
 def files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
@@ -227,7 +241,7 @@ def full_disk(most: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("most", [0, HEADER_BYTES, FILE - 1])
+@pytest.mark.parametrize("most", [0, HEADER.size, FILE - 1])
 def test_a_full_disk_leaves_pages_out(tmp_path, caplog, most):
     caplog.set_level(logging.WARNING)
     pages = filled(tmp_path, 0)
@@ -277,7 +291,7 @@ def test_what_cannot_be_used_is_refused(tmp_path):
 
 def write_for_ever(folder: str, size: str, first: str) -> None:
     """The victim: pages of one byte value each, named by it and their number."""
-    pages = DiskPages(Path(folder), int(size), 64 * (int(size) + HEADER_BYTES))
+    pages = DiskPages(Path(folder), int(size), 64 * (int(size) + HEADER.size))
     print("ready", flush=True)
     for number in range(int(first), 1 << 30):
         pages.write(victims_key(number), victims_page(number, int(size)))
