@@ -47,7 +47,16 @@ HEADER = struct.Struct("<8sIIQ32s")  # magic, version, CRC-32 of the data, its s
 PARTIAL = ".partial"  # ending of a file that is being written
 NAME = re.compile(rf"([0-9a-f]{{64}})(\.[0-9a-f]+{re.escape(PARTIAL)})?")
 LEAST_PAGES = 4
-COUNTS = ("disk_hits", "damaged", "read_errors", "write_errors", "bytes_read", "bytes_written")
+STATS = (
+    "disk_pages",
+    "disk_bytes",
+    "disk_hits",
+    "damaged",
+    "read_errors",
+    "write_errors",
+    "bytes_read",
+    "bytes_written",
+)
 TOUCH_SECONDS = 600.0  # a file's time is set at most so often
 
 
@@ -59,23 +68,22 @@ def check_limit(name: str, limit: int, page_bytes: int) -> None:
         )
 
 
-@dataclass
+@dataclass(slots=True)
 class File:
     size: int
-    time: float  # its mtime, s
+    mtime: float  # as far as known, s
 
 
 class DiskPages:
     """The files, and an index of them in memory, least recently used first. Calls may come from several threads,
     `write` from one at a time. Raises UserError if the folder or the limit cannot be used; after that what cannot be
-    read is a miss and what cannot be written is left out, counted in `counts` and told the first time.
+    read is a miss and what cannot be written is left out, counted in `stats` and told the first time.
     """
 
     def __init__(self, folder: Path, page_bytes: int, limit: int):
         check_limit("--kv-disk-size", limit, HEADER.size + page_bytes)
         self.folder, self.page_bytes, self.limit = folder, page_bytes, limit
-        self.bytes = 0
-        self.counts = dict.fromkeys(COUNTS, 0)
+        self._stats = dict.fromkeys(STATS, 0)
         self._files: OrderedDict[bytes, File] = OrderedDict()
         self._lock = Lock()
         self._partial = f".{secrets.token_hex(4)}{PARTIAL}"
@@ -83,8 +91,8 @@ class DiskPages:
             folder.mkdir(0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-            for time_, key, size in sorted(self._scan()):
-                self._add(key, File(size, time_))
+            for mtime, key, size in sorted(self._scan()):
+                self._add(key, File(size, mtime))
         except OSError as error:
             raise UserError(
                 f"--kv-disk-path {folder} cannot hold KV pages ({error.strerror}). Name a writable folder."
@@ -94,8 +102,10 @@ class DiskPages:
     def __contains__(self, key: bytes) -> bool:
         return key in self._files
 
-    def __len__(self) -> int:
-        return len(self._files)
+    @property
+    def stats(self) -> dict[str, int]:
+        """Files and bytes here now, those of other models too, and counters since the start."""
+        return dict(self._stats)
 
     def read(self, key: bytes) -> Page | None:
         """The page, read-only. None, and out of the index, if it cannot be had as it was written."""
@@ -105,7 +115,8 @@ class DiskPages:
                 header, got, more = file.read(HEADER.size), file.readinto(page.data), file.read(1)
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             if got == self.page_bytes and not more and header == make_header(key, page):
-                self._count(disk_hits=1, bytes_read=HEADER.size + got)
+                self._count("disk_hits")
+                self._count("bytes_read", HEADER.size + got)
                 page.flags.writeable = False
                 return page
             self._trouble("damaged", f"{path} is damaged: it is deleted, and its page computed again.")
@@ -129,7 +140,7 @@ class DiskPages:
             self._trouble("write_errors", f"{path} cannot be written ({error.strerror}): serving goes on without it.")
         else:
             self._add(key, File(size, time.time()))
-            self._count(bytes_written=size)
+            self._count("bytes_written", size)
 
     def use(self, keys: Iterable[bytes]) -> list[tuple[bytes, float]]:
         """Makes those of `keys` that are here the most recently used, the last one most. Does no I/O: the result, files
@@ -140,8 +151,8 @@ class DiskPages:
             for key in keys:
                 if file := self._files.get(key):
                     self._files.move_to_end(key)
-                    if abs(now - file.time) > TOUCH_SECONDS:  # abs: the clock may once have been wrong
-                        file.time = now
+                    if abs(now - file.mtime) > TOUCH_SECONDS:  # abs: the clock may once have been wrong
+                        file.mtime = now
                         stale.append((key, now))
         return stale
 
@@ -158,18 +169,24 @@ class DiskPages:
     def _add(self, key: bytes, file: File) -> None:
         with self._lock:
             self._files[key] = file
-            self.bytes += file.size
+            self._tally(1, file.size)
 
     def _forget(self, key: bytes) -> None:
         with self._lock:
             if file := self._files.pop(key, None):
-                self.bytes -= file.size
+                self._tally(-1, -file.size)
+
+    def _tally(self, files: int, size: int) -> None:
+        self._stats["disk_pages"] += files
+        self._stats["disk_bytes"] += size
 
     def _make_room(self, size: int) -> None:
-        while self.bytes + size > self.limit and self._files:
+        while True:
             with self._lock:
-                oldest = next(iter(self._files))
-            self._forget(oldest)
+                if self._stats["disk_bytes"] + size <= self.limit or not self._files:
+                    return
+                oldest, file = self._files.popitem(last=False)
+                self._tally(-1, -file.size)
             with suppress(OSError):  # gone already; what cannot be deleted is found again at the next start
                 self._path(oldest).unlink()
 
@@ -202,14 +219,13 @@ class DiskPages:
                         stat = entry.stat()
                         yield stat.st_mtime, bytes.fromhex(name[1]), stat.st_size
 
-    def _count(self, **more: int) -> None:
+    def _count(self, kind: str, number: int = 1) -> int:
         with self._lock:
-            for name, number in more.items():
-                self.counts[name] += number
+            self._stats[kind] += number
+            return self._stats[kind]
 
     def _trouble(self, kind: str, message: str) -> None:
-        self._count(**{kind: 1})
-        if self.counts[kind] == 1:
+        if self._count(kind) == 1:
             log.warning("%s Further ones are only counted (%s).", message, kind)
 
 

@@ -7,7 +7,7 @@ threads. Pages are shared, not copied, and therefore read-only.
 
 The engine thread calls everything here. One writer thread owns writing, eviction and mtimes; some threads read.
 Memory: the host pool, at most QUEUED_BYTES on their way to the disk, and the pages of fetches. Fetches are read one
-after another, so the last is one fetch's pages and those that the engine has not taken yet.
+after another, so the last are one fetch's and those that the engine has not taken yet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, cast
 import numpy as np
 
 from hetero_glm5.core import UserError
-from hetero_glm5.engine.disk_pages import COUNTS, DiskPages, Page, check_limit
+from hetero_glm5.engine.disk_pages import STATS, DiskPages, Page, check_limit
 
 log = logging.getLogger(__name__)
 
@@ -128,16 +128,13 @@ class PageStore:
     @property
     def stats(self) -> dict[str, int]:
         """Pages and bytes held now, and counters since the start."""
-        disk = self._disk
         return {
             "host_pages": len(self._host),
             "host_bytes": len(self._host) * self.page_bytes,
             "host_hits": self._host_hits,
             "queued_pages": len(self._queued),
             "dropped": self._dropped,  # pages the disk was too slow for
-            "disk_pages": len(disk) if disk else 0,
-            "disk_bytes": disk.bytes if disk else 0,
-            **(disk.counts if disk else dict.fromkeys(COUNTS, 0)),
+            **(dict.fromkeys(STATS, 0) if self._disk is None else self._disk.stats),
         }
 
     def key(self, parent: bytes | None, tokens: Sequence[int], salt: str | None = None) -> bytes:

@@ -59,10 +59,10 @@ def age(folder: Path, *indices: int) -> None:
 def test_pages_come_back_also_after_a_restart(tmp_path):
     pages = filled(tmp_path, 0, 1, 2)
     for _ in range(2):
-        assert held(pages) == [0, 1, 2] and len(pages) == 3 and pages.bytes == 3 * FILE
+        assert held(pages) == [0, 1, 2] and pages.stats["disk_pages"] == 3 and pages.stats["disk_bytes"] == 3 * FILE
         for i in range(3):
             assert_read(pages, i)
-        assert pages.counts["disk_hits"] == 3 and pages.counts["bytes_read"] == 3 * FILE
+        assert pages.stats["disk_hits"] == 3 and pages.stats["bytes_read"] == 3 * FILE
         pages = DiskPages(tmp_path, SIZE, ROOMY)
     assert pages.read(key(9)) is None
 
@@ -90,7 +90,7 @@ def test_any_flipped_bit_is_found(tmp_path, caplog):
         path(tmp_path, 0).write_bytes(damaged)
         pages = DiskPages(tmp_path, SIZE, ROOMY)
         assert key(0) in pages and pages.read(key(0)) is None
-        assert key(0) not in pages and pages.counts["damaged"] == 1 and pages.bytes == 0
+        assert key(0) not in pages and pages.stats["damaged"] == 1 and pages.stats["disk_bytes"] == 0
         assert not path(tmp_path, 0).exists()
     assert "is damaged" in caplog.text
 
@@ -119,7 +119,7 @@ def test_a_file_that_is_not_this_page_is_found(tmp_path, data):
     write_as(tmp_path, 0, data)
     pages = DiskPages(tmp_path, SIZE, ROOMY)
     assert key(0) in pages and pages.read(key(0)) is None and key(0) not in pages
-    assert pages.counts["damaged"] == 1 and pages.counts["disk_hits"] == 0
+    assert pages.stats["damaged"] == 1 and pages.stats["disk_hits"] == 0
     pages.write(key(0), page(0))
     assert_read(pages, 0)
 
@@ -134,7 +134,11 @@ def test_what_is_not_a_page_is_left_alone(tmp_path):
     path(tmp_path, 3).parent.mkdir()
     path(tmp_path, 3).symlink_to(tmp_path / "notes")
     pages = filled(tmp_path, *range(4, 10), limit=LEAST_PAGES * FILE)
-    assert len(pages) == LEAST_PAGES and pages.bytes == LEAST_PAGES * FILE and key(0) not in pages
+    assert (
+        pages.stats["disk_pages"] == LEAST_PAGES
+        and pages.stats["disk_bytes"] == LEAST_PAGES * FILE
+        and key(0) not in pages
+    )
     assert all(file.stat().st_size == 10_000 for file in foreign) and path(tmp_path, 3).is_symlink()
 
 
@@ -142,7 +146,7 @@ def test_the_least_recently_used_go_first(tmp_path):
     pages = filled(tmp_path, 0, 1, 2, 3, limit=4 * FILE)
     pages.use([key(1), key(0)])
     pages.write(key(4), page(4))
-    assert held(pages) == [0, 1, 3, 4] and not path(tmp_path, 2).exists() and pages.bytes == 4 * FILE
+    assert held(pages) == [0, 1, 3, 4] and not path(tmp_path, 2).exists() and pages.stats["disk_bytes"] == 4 * FILE
     pages.write(key(5), page(5))
     pages.write(key(6), page(6))
     assert held(pages) == [0, 4, 5, 6]
@@ -158,7 +162,7 @@ def test_the_order_outlives_a_restart(tmp_path):
     pages = DiskPages(tmp_path, SIZE, 4 * FILE)
     for i, gone in ((4, 1), (5, 2), (6, 0), (7, 3)):
         pages.write(key(i), page(i))
-        assert key(gone) not in pages and len(pages) == 4
+        assert key(gone) not in pages and pages.stats["disk_pages"] == 4
     age(tmp_path, 7, 6, 5, 4)
     assert held(DiskPages(tmp_path, SIZE - 64, 4 * (FILE - 64))) == [4, 5, 6], "a smaller limit holds at once"
 
@@ -181,7 +185,7 @@ def test_pages_of_another_model_age_alike(tmp_path):
     age(tmp_path, 10, 0, 11, 1)
     both = 2 * FILE + 2 * (FILE + SIZE)
     pages = DiskPages(tmp_path, SIZE, both)
-    assert pages.bytes == both and held(pages) == [0, 1, 10, 11]
+    assert pages.stats["disk_bytes"] == both and held(pages) == [0, 1, 10, 11]
     pages.write(key(2), page(2))
     assert held(pages) == [0, 1, 2, 11]
     assert pages.read(key(11)) is None
@@ -192,8 +196,8 @@ def test_two_stores_in_one_folder(tmp_path):
     assert held(theirs) == [0, 1, 2, 3]
     theirs.write(key(4), page(4))
     theirs.write(key(3), page(3))
-    assert key(0) in ours and ours.read(key(0)) is None and key(0) not in ours and ours.bytes == 3 * FILE
-    assert ours.counts["damaged"] == ours.counts["read_errors"] == 0
+    assert key(0) in ours and ours.read(key(0)) is None and key(0) not in ours and ours.stats["disk_bytes"] == 3 * FILE
+    assert ours.stats["damaged"] == ours.stats["read_errors"] == 0
     assert_read(ours, 3)
     ours.write(key(4), page(4))
     assert_read(theirs, 4)
@@ -249,7 +253,7 @@ def test_a_full_disk_leaves_pages_out(tmp_path, caplog, most):
         pages.write(key(1), page(1))
         pages.write(key(2), page(2))
         assert_read(pages, 0)
-    assert pages.counts["write_errors"] == 2 and held(pages) == [0] and files(tmp_path) == [path(tmp_path, 0)]
+    assert pages.stats["write_errors"] == 2 and held(pages) == [0] and files(tmp_path) == [path(tmp_path, 0)]
     assert len(caplog.records) == 1 and "File too large" in caplog.text
     pages.write(key(1), page(1))
     assert_read(pages, 1)
@@ -265,7 +269,7 @@ def test_a_disk_that_fails(tmp_path, monkeypatch, caplog):
         pages.write(key(2), page(2))
         broken.setattr(os, "posix_fadvise", fail)
         assert pages.read(key(0)) is None
-    assert pages.counts["write_errors"] == pages.counts["read_errors"] == 1 and len(caplog.records) == 2
+    assert pages.stats["write_errors"] == pages.stats["read_errors"] == 1 and len(caplog.records) == 2
     assert held(pages) == [1] and files(tmp_path) == [path(tmp_path, 0), path(tmp_path, 1)]
 
 
@@ -329,7 +333,7 @@ def test_a_writer_killed_at_any_moment(tmp_path):
         left_over += sum(file.suffix == ".partial" for file in files(tmp_path))
         pages = DiskPages(tmp_path, size, 1 << 40)
         found = files(tmp_path)
-        assert len(found) == len(pages)
+        assert len(found) == pages.stats["disk_pages"]
         for file in found:
             number = int.from_bytes(bytes.fromhex(file.name)[1:], "big")
             np.testing.assert_array_equal(pages.read(victims_key(number)), victims_page(number, size))

@@ -181,6 +181,15 @@ def test_a_run_ends_at_the_first_page_that_is_missing_or_damaged(open_store, tmp
     assert fetched(written(store, 3, 4), 0, 1, 2, 3, 4, 5) == 6
 
 
+def test_stats_are_told_also_when_nothing_is_left(open_store, tmp_path):
+    written(open_store(), 0)
+    store = open_store()
+    os.truncate(file(tmp_path, 0), FILE - 1)
+    assert fetched(store, 0) == 0
+    assert store.stats["damaged"] == 1 and store.stats["disk_pages"] == store.stats["disk_bytes"] == 0
+    assert store.stats.keys() == open_store(disk=None, disk_bytes=0).stats.keys()
+
+
 def test_restored_pages_are_in_memory_again(open_store, tmp_path):
     written(open_store(), 0, 1, 2, 3, 4, 5)
     store = open_store(host_bytes=4 * SIZE)
