@@ -218,9 +218,7 @@ class Engine:
         tiers.deferred = config.kt_max_deferred_experts_per_token
         if config.moves_experts:
             _set_up_moves(tiers, config, model_config, _costs(config, layout))
-        cache = Cache.allocate(
-            model_config, memory.kv_tokens, dtype=getattr(torch, config.kv_cache_dtype), device=config.device
-        )
+        cache = Cache.allocate(model_config, memory.kv_tokens, dtype=config.kv_cache_dtype, device=config.device)
         pages = PagePool(memory.kv_tokens // config.page_size, config.page_size)
         stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
         runner = Runner(model, tiers, cache, config.page_size)
@@ -293,7 +291,7 @@ def _memory(
         device_experts=on_device,
         host_experts=len(model.moe_layers) * model.n_routed_experts - on_device,
         activations=activation_bytes(model, getattr(torch, config.dtype), _most_rows(config)),
-        kv_token=cache_bytes_per_token(model, getattr(torch, config.kv_cache_dtype)),
+        kv_token=cache_bytes_per_token(model, config.kv_cache_dtype),
         mapped=config.kt_weight_mode == "mmap",
         copies=config.moves_experts,
         staging=STAGES if config.divides_prefills else 0,
