@@ -76,7 +76,7 @@ class Attention:
         c, read = self.config, cache.latent[self.layer].read
         mixed = q.new_empty(*q.shape[:2], c.kv_lora_rank)
         for dense in step.dense:
-            queries = q[dense.rows].unflatten(0, dense.hidden.shape[:2])
+            queries = q[dense.rows].view(*dense.shape, *q.shape[1:])
             attended = ops.attend_dense(queries, read, (dense.context, dense.hidden), c.softmax_scale, c.kv_lora_rank)
             mixed[dense.rows] = attended.flatten(0, 1)
         for sparse, slots in zip(step.sparse, selection, strict=True):

@@ -51,19 +51,25 @@ class Dense:
     """B consecutive segments of R rows each that attend to all they can see, taken together.
 
     context: int64 [B, S] cache slots, S the longest; a shorter one is filled up with its own first slot, which is
-    hidden. hidden: bool [B, R, S], what a row does not see: the positions after its own."""
+    hidden there. hidden: bool [B, R, S], what a row does not see: the positions after its own; None: it sees all."""
 
     rows: slice
+    shape: tuple[int, int]  # B, R
     context: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
 
     @staticmethod
     def of(segments: list[Segment], positions: Tensor) -> Dense:
-        rows = slice(segments[0].start, segments[-1].stop)
-        context = pad_sequence([segment.context for segment in segments], batch_first=True, padding_value=-1)
-        context = torch.where(context < 0, context[:, :1], context)
+        rows, count = slice(segments[0].start, segments[-1].stop), len(segments)
+        shape = count, (rows.stop - rows.start) // count
+        context = segments[0].context[None]
+        if shape == (1, 1):
+            return Dense(rows, shape, context, None)
+        if count > 1:
+            padded = pad_sequence([segment.context for segment in segments], batch_first=True, padding_value=-1)
+            context = torch.where(padded < 0, padded[:, :1], padded)
         seen = torch.arange(context.shape[1], device=context.device)
-        return Dense(rows, context, seen > positions[rows].view(len(segments), -1, 1))
+        return Dense(rows, shape, context, seen > positions[rows].view(*shape, 1))
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ def rotations(positions: Tensor, dim: int, theta: float) -> Tensor:
 
 
 def rope(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates neighbouring pairs (x₂ⱼ, x₂ⱼ₊₁) of x [T, ..., dim], each a complex number, by row t's rotations
-    [T, dim/2]. Pairing the halves, (x_j, x_{j+dim/2}), is another model's way, and goes unnoticed until the indexer
-    starts to choose."""
+    """Rotates neighbouring pairs (x₂ⱼ, x₂ⱼ₊₁) of x [T, dim] or [T, heads, dim], each a complex number, by row t's
+    rotations [T, dim/2]. Pairing the halves, (x_j, x_{j+dim/2}), is another model's way, and goes unnoticed until the
+    indexer starts to choose."""
     aligned = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # x may begin at an odd element
-    pairs = torch.view_as_complex(aligned.unflatten(-1, (-1, 2)))
-    rotation = rotation.view(len(x), *[1] * (x.dim() - 2), rotation.shape[-1])
-    return torch.view_as_real(pairs.mul_(rotation)).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(aligned.view(*x.shape[:-1], -1, 2))
+    pairs.mul_(rotation if x.dim() == 2 else rotation[:, None])
+    return aligned.to(x.dtype)
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -84,25 +84,25 @@ def _blocks(count: int, elements: int) -> Iterator[tuple[int, int]]:
 Read = Callable[[Tensor], Tensor]  # cache slots int64 [...] → their rows, fp32 [..., c + r]
 
 
-def attend_dense(q: Tensor, read: Read, seen: tuple[Tensor, Tensor], scale: float, latent: int) -> Tensor:
+def attend_dense(q: Tensor, read: Read, seen: tuple[Tensor, Tensor | None], scale: float, latent: int) -> Tensor:
     """B sequences of R rows each, the last of their S positions. q [B, R, H, c + r] (absorbed); seen: the positions'
-    slots [B, S], and bool [B, R, S], which of them are hidden from a row. Returns [B, R, H, latent].
+    slots [B, S], and bool [B, R, S], which of them are hidden from a row, or None. Returns [B, R, H, latent].
 
     score = scale · q · row; the output mixes the rows' first `latent` columns."""
     context, hidden = seen
     (B, R, H, width), S = q.shape, context.shape[1]
-    out = torch.empty(B, R, H, latent, dtype=q.dtype, device=q.device)
+    out = torch.empty(B, R * H, latent, dtype=q.dtype, device=q.device)
+    queries = (q.float() * scale).view(B, R * H, width)
     for first, last in _blocks(B, S * width):
         seqs = slice(first, last)
         rows = read(context[seqs])  # [b, S, c + r]
         for a, b in _blocks(R, (last - first) * H * S):
-            end = S - R + b  # later positions are hidden from the whole block
-            keys = rows[:, :end]
-            queries = (q[seqs, a:b].float() * scale).flatten(1, 2)  # [b, t·H, c + r]
-            scores = torch.bmm(queries, keys.transpose(1, 2)).view(-1, b - a, H, end)
-            weights = scores.masked_fill_(hidden[seqs, a:b, None, :end], float("-inf")).softmax(-1)
-            out[seqs, a:b] = torch.bmm(weights.flatten(1, 2), keys[..., :latent]).view(-1, b - a, H, latent)
-    return out
+            end, t = S - R + b, slice(a * H, b * H)  # positions from `end` on are hidden from the whole block
+            scores = torch.bmm(queries[seqs, t], rows[:, :end].transpose(1, 2))  # [b, t·H, end]
+            if hidden is not None:
+                scores.view(-1, b - a, H, end).masked_fill_(hidden[seqs, a:b, None, :end], float("-inf"))
+            out[seqs, t] = torch.bmm(scores.softmax(-1), rows[:, :end, :latent])
+    return out.view(B, R, H, latent)
 
 
 def attend_selected(q: Tensor, read: Read, selection: Tensor, scale: float, latent: int) -> Tensor:
