@@ -295,7 +295,7 @@ class Engine:
         cache = Cache.allocate(
             model_config,
             memory.kv_tokens,
-            dtype=getattr(torch, config.kv_cache_dtype),
+            dtype=config.kv_cache_dtype,
             device=config.device,
             mtp=config.draft_depth > 0,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Runner:
     def _fill_pages(self, batch: Batch) -> None:
         if batch.restored:
             pages, contents = zip(*batch.restored, strict=True)
-            self.cache.write_pages(list(pages), torch.stack([torch.from_numpy(content) for content in contents]))
+            self.cache.write_pages(list(pages), torch.from_numpy(np.stack(contents)))
         if batch.copies:
             size = self.tensors.page_size
             self.cache.copy_slots([(c.source * size, c.target * size, c.count) for c in batch.copies])
@@ -58,7 +59,7 @@ class Runner:
     @torch.inference_mode()
     def read_pages(self, pages: list[int]) -> Tensor:
         """uint8 [pages, bytes of a page], on the CPU."""
-        return self.cache.read_pages(pages).cpu()
+        return self.cache.read_pages(pages, self.tensors.page_size).cpu()
 
     def _read(self, chunk: Chunk, hidden: Tensor) -> None:
         """What is wanted of every position of a prompt. hidden [rows of the chunk, hidden]."""

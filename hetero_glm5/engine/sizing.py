@@ -32,7 +32,7 @@ def plan(
         device_experts=on_device,
         host_experts=(len(model.moe_layers) + mtp) * model.n_routed_experts - on_device,
         activations=activation_bytes(model, getattr(torch, config.dtype), most_rows(config)),
-        kv_token=cache_bytes_per_token(model, getattr(torch, config.kv_cache_dtype), mtp),
+        kv_token=cache_bytes_per_token(model, config.kv_cache_dtype, mtp),
         mapped=config.kt_weight_mode == "mmap",
         copies=config.moves_experts,
         staging=STAGES if config.divides_prefills else 0,

@@ -67,7 +67,9 @@ class Drafter:
         to ids[first + j] are known, `first` ≥ 1. Drafts beyond the end of `ids` are made too."""
         T, tokens = len(ids), torch.tensor(ids)
         starts = torch.arange(first - 1, T - 2)  # the positions of the hidden states that the first drafts come from
-        cache = Cache.allocate(self.config, T + depth * len(starts), dtype=self.dtype, device="cpu", mtp=True)
+        cache = Cache.allocate(
+            self.config, T + depth * len(starts), dtype=str(self.dtype).removeprefix("torch."), device="cpu", mtp=True
+        )
         hidden = self.model.forward(_whole(tokens), cache, self.experts)
         state = self.mtp.forward(hidden[:-1], _whole(tokens[1:]), cache, self.experts)[starts]
         drafts = [self.model.logits(state).argmax(-1)]
