@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 MOST_STOPS, MOST_STOP_CHARACTERS, MOST_STOP_IDS = 64, 1000, 1024
+MOST_BIASES, MOST_LOGPROBS, MOST_GRAMMAR_CHARACTERS = 1024, 20, 500_000
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+GrammarKind = Literal["json_schema", "regex", "lark"]
 
 
 class UserError(ValueError):
@@ -34,11 +36,61 @@ class QueueFull(UserError):
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What a whole answer must match: a JSON schema, a regular expression, or llguidance's dialect of Lark, in which
+    <name> stands for a special token. Only compiling it (Sampler.prepare) tells whether it is one. RequestError."""
+
+    kind: GrammarKind
+    text: str
+
+    def __post_init__(self) -> None:
+        kinds = get_args(GrammarKind)
+        if self.kind not in kinds:
+            raise RequestError(
+                f"the grammar is of kind {self.kind!r}; it must be one of {', '.join(kinds)}.", "grammar"
+            )
+        if not isinstance(self.text, str):
+            raise RequestError(f"the grammar is {self.text!r}; it must be a string.", self.param)
+        if len(self.text) > MOST_GRAMMAR_CHARACTERS:
+            raise RequestError(
+                f"the grammar has {len(self.text)} characters; at most {MOST_GRAMMAR_CHARACTERS} can be used.",
+                self.param,
+            )
+
+    @property
+    def param(self) -> str:
+        """The field of a request that it comes from."""
+        return "response_format" if self.kind == "json_schema" else "grammar"
+
+
+_NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "temperature": (float, lambda v: 0 <= v <= 100, "between 0 and 100"),
+    "top_p": (float, lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "top_k": (int, lambda v: v >= 0, "at least 0 (0 means off)"),
+    "min_p": (float, lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "presence_penalty": (float, lambda v: -2 <= v <= 2, "between -2 and 2"),
+    "frequency_penalty": (float, lambda v: -2 <= v <= 2, "between -2 and 2"),
+    "repetition_penalty": (float, lambda v: 0 < v <= 2, "above 0 and at most 2 (1 means off)"),
+    "max_tokens": (int, lambda v: v >= 1, "at least 1"),
+    "min_tokens": (int, lambda v: v >= 0, "at least 0"),
+    "seed": (int, lambda v: 0 <= v < 2**64, "between 0 and 2**64 - 1"),
+    "n": (int, lambda v: 1 <= v <= 64, "between 1 and 64"),
+    "logprobs": (int, lambda v: 0 <= v <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
+    "prompt_logprobs": (int, lambda v: 0 <= v <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
+}
+_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop.
 
-    temperature 0 is greedy. top_p in (0, 1]; top_k 0 means off. `seed` makes the draw reproducible whatever else is in
-    the batch; without one a sequence draws from a seed of its own. `max_tokens` None means "up to the context length".
+    temperature 0 is greedy. top_p in (0, 1]; top_k 0 means off; min_p keeps what has at least that share of the best
+    token's chance. presence_penalty and frequency_penalty count the answer's tokens, repetition_penalty also the
+    prompt's. logit_bias adds to the logits of token ids. `seed` makes the draw reproducible whatever else is in the
+    batch; without one a sequence draws from a seed of its own. `max_tokens` None means "up to the context length".
+    `logprobs` asks for the drawn token's log-probability and those of as many likeliest tokens, before anything above
+    changes them; prompt_logprobs for the same of the prompt. `n` answers are drawn for one prompt.
     Raises RequestError naming the field.
     """
 
@@ -51,26 +103,30 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
+        for name, (kind, fits, limit) in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            self._check(name, type(value) in (int, kind), "a whole number" if kind is int else "a number")
+            self._check(name, fits(value), limit)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         for name, value, kind in (("stop", stop, str), ("stop_token_ids", self.stop_token_ids, int)):
             if not isinstance(value, list | tuple) or any(type(v) is not kind for v in value):
                 raise RequestError(f"{name} is {value!r}; it must be a list of {kind.__name__}.", name)
             object.__setattr__(self, name, tuple(value))
-        for name, optional in (("max_tokens", True), ("seed", True), ("top_k", False), ("min_tokens", False)):
-            value = getattr(self, name)
-            self._check(name, type(value) is int or (optional and value is None), "a whole number")
-        for name in ("temperature", "top_p"):
-            self._check(name, type(getattr(self, name)) in (int, float), "a number")
-        self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
-        self._check("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100")
-        self._check("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
-        self._check("top_k", self.top_k >= 0, "at least 0 (0 means off)")
-        most = "max_tokens" if self.max_tokens is not None else "any number"
-        fits = self.max_tokens is None or self.min_tokens <= self.max_tokens
-        self._check("min_tokens", self.min_tokens >= 0 and fits, f"between 0 and {most}")
-        self._check("seed", self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1")
+        most = "any number" if self.max_tokens is None else "max_tokens"
+        self._check("min_tokens", self.min_tokens <= (self.max_tokens or self.min_tokens), f"between 0 and {most}")
         if len(self.stop) > MOST_STOPS or any(not 1 <= len(s) <= MOST_STOP_CHARACTERS for s in self.stop):
             raise RequestError(
                 f"stop has {len(self.stop)} strings; at most {MOST_STOPS} of 1 to {MOST_STOP_CHARACTERS} characters "
@@ -82,6 +138,29 @@ class SamplingParams:
                 f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MOST_STOP_IDS} can be used.",
                 "stop_token_ids",
             )
+        self._check_bias()
+        self._check_grammar()
+
+    def _check_bias(self) -> None:
+        self._check("logit_bias", isinstance(self.logit_bias, Mapping), "a mapping of token ids to numbers")
+        if len(self.logit_bias) > MOST_BIASES:
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} ids; at most {MOST_BIASES} can be used.", "logit_bias"
+            )
+        for token, bias in self.logit_bias.items():
+            if type(token) is not int or type(bias) not in (int, float) or not -100 <= bias <= 100:
+                raise RequestError(
+                    f"logit_bias gives {token!r} {bias!r}; it must give token ids numbers between -100 and 100.",
+                    "logit_bias",
+                )
+
+    def _check_grammar(self) -> None:
+        self._check("grammar", isinstance(self.grammar, Grammar | None), "a Grammar or None")
+        if self.grammar is None:
+            return
+        because = "with a grammar, which decides where the answer ends"
+        self._check("min_tokens", not self.min_tokens, f"0 {because}")
+        self._check("ignore_eos", not self.ignore_eos, f"False {because}")
 
     def _check(self, name: str, ok: bool, limit: str) -> None:
         if not ok:  # NaN fails every comparison and lands here too
@@ -90,12 +169,13 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A token that was drawn, and, if the request asks, its log-probability (natural logarithm, of the unmodified
-    logits) and the likeliest tokens' beside it, best first."""
+    """What the sampler drew for one position. With SamplingParams.logprobs, `logprob` is the token's and `top` holds
+    (token, log-probability) of the likeliest ones, best first. `error` says why nothing could be drawn."""
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    error: str | None = None
 
 
 @dataclass(eq=False)

@@ -34,6 +34,7 @@ from hetero_glm5.engine.prefix_cache import Match, PrefixCache, common
 from hetero_glm5.engine.stopping import Stopping
 
 INVALID_TOKEN = -1  # the sampler's answer to logits that are not finite
+NOT_FINITE = "the model's hidden states are not finite for this request"
 RESTORED_PAGES = 64  # of a step, at most, that come from the page store
 
 
@@ -272,7 +273,7 @@ class Scheduler:
         for chunk, tokens in zip(batch.chunks, drawn, strict=True):
             seq = chunk.seq
             if tokens and tokens[0].token == INVALID_TOKEN:
-                events.append(self._fail(seq, "the model's logits are not finite for this request", sound=False))
+                events.append(self._fail(seq, tokens[0].error or NOT_FINITE, sound=False))
                 continue
             self._count(chunk, tokens)
             computed = chunk.start + chunk.count + max(len(tokens) - 1, 0)
