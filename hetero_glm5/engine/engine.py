@@ -314,8 +314,8 @@ class Engine:
             key=store and store.key,
         )
         stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
-        scheduler = Scheduler(config, prefixes, stopping, store)
         sampler = Sampler(model_config.eos_token_ids, tokenizer, model_config.vocab_size)
+        scheduler = Scheduler(config, prefixes, stopping, store, sampler.forget)
         engine = cls(config, runner, scheduler, sampler, tiers, recorder)
         engine.pool, engine.store = pool, store
         if config.draft_depth:

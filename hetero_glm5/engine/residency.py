@@ -81,8 +81,7 @@ def where_experts_live(pool: HostPool, *, mapped: bool) -> str:
 def _costs(config: EngineConfig, layout: ExpertLayout) -> Costs:
     """Of both tiers; on a CPU they are the same cores, one after the other, so that no copy pays."""
     if config.device == "cpu":
-        curve = Curve.roofline(STORE_PATIENCE = 0.002  # seconds between two looks at pages that are being read
-SAME_MEMORY, SAME_CORES, layout.bits_per_weight)
+        curve = Curve.roofline(SAME_MEMORY, SAME_CORES, layout.bits_per_weight)
         return Costs(layout.blob_bytes, curve, curve, link=NO_LINK)
     profile = None if config.kt_profile is None else Path(config.kt_profile)
     return costs_here(profile, layout, config.kt_cpuinfer, config.kt_numa_nodes or ())

@@ -14,6 +14,7 @@ no sequence may be longer than the pool.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Run
 from dataclasses import dataclass
 from itertools import count
@@ -75,7 +76,17 @@ class Counts:
 
 
 class Scheduler:
-    def __init__(self, config: EngineConfig, cache: PrefixCache, stopping: Stopping, store: Store | None = None):
+    """`finished` is called with each sequence that ends."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        cache: PrefixCache,
+        stopping: Stopping,
+        store: Store | None = None,
+        finished: Callable[[Sequence], None] = lambda seq: None,
+    ):
+        self._finished = finished
         self.config, self.cache, self.stopping, self.store = config, cache, stopping, store
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
@@ -314,6 +325,7 @@ class Scheduler:
         self._cancel(seq)
         self.cache.release(seq, sound=sound)
         self.stopping.forget(seq)
+        self._finished(seq)
         if seq in self.running:
             self.running.remove(seq)
         elif seq in self.waiting:

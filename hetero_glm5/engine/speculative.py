@@ -21,7 +21,7 @@ from hetero_glm5.engine.batch import BatchTensors
 from hetero_glm5.engine.draft_depth import DraftDepth
 from hetero_glm5.model.moe import Experts
 from hetero_glm5.model.mtp import MTP
-from hetero_glm5.model.state import Cache, Clocked, Rows
+from hetero_glm5.model.state import Cache, Rows
 
 Grow = Callable[[Sequence, int], bool]  # gives a sequence pages for so many tokens, if there are any
 
