@@ -182,7 +182,8 @@ class EngineConfig(Flags):
         steps, tokens = self.speculative_num_steps, self.speculative_num_draft_tokens
         if vllm and self.speculative_algorithm != "none":
             raise ConfigError(
-                "--speculative-config.method and --speculative-algorithm are two spellings of one choice. Leave one out."
+                "--speculative-config.method and --speculative-algorithm are two spellings of one choice. Leave one of "
+                "the two out."
             )
         named = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
         if self.speculative_algorithm == "none":
@@ -207,8 +208,8 @@ class EngineConfig(Flags):
             raise ConfigError("--kv-disk-size needs --kv-disk-path FOLDER, where the pages are kept.")
         if (self.kv_host_size or self.kv_disk_path is not None) and self.disable_radix_cache:
             raise ConfigError(
-                "--kv-host-size and --kv-disk-path keep prefixes for reuse, which --disable-radix-cache turns off. Leave "
-                "one of the two out."
+                "--kv-host-size and --kv-disk-path keep prefixes for reuse, which --disable-radix-cache turns off. "
+                "Leave one of the two out."
             )
 
     @property

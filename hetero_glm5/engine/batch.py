@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import Batch, Sequence
 from hetero_glm5.model.state import Clocked, Rows, Segment
 
@@ -25,10 +26,11 @@ def decoded_rows(batch: Batch) -> Tensor:
 
 
 class BatchTensors:
-    """For at most `most_rows` rows of `most_sequences` sequences of `context_length` tokens. One batch at a time: the
-    next one's tensors take the place of this one's, so the device must be done with them."""
+    """Of a settled config. One batch at a time: the next one's tensors take the place of this one's, so the device must
+    be done with them."""
 
-    def __init__(self, device: str, page_size: int, *, most_sequences: int, most_rows: int, context_length: int):
+    def __init__(self, config: EngineConfig, most_rows: int, context_length: int):
+        device, page_size, most_sequences = config.device, config.page_size, config.max_running_requests
         self.device, self.page_size = device, page_size
         pages = -(-context_length // page_size)
         self._table = torch.empty(most_sequences, pages, page_size, dtype=torch.int64, device=device)

@@ -299,13 +299,7 @@ class Engine:
             device=config.device,
             mtp=config.draft_depth > 0,
         )
-        tensors = BatchTensors(
-            config.device,
-            config.page_size,
-            most_sequences=config.max_running_requests,
-            most_rows=sizing.most_rows(config),
-            context_length=context_length,
-        )
+        tensors = BatchTensors(config, sizing.most_rows(config), context_length)
         runner = Runner(model, tiers, cache, tensors)
         store = _page_store(config, source, cache)
         prefixes = PrefixCache(

@@ -62,8 +62,8 @@ class Match:
 
 
 class PrefixCache:
-    """`enabled` False: nothing is found, and nothing kept. With `key`, nodes of full pages get one, and take_fresh() lists
-    them."""
+    """`enabled` False: nothing is found, and nothing kept. With `key`, nodes of full pages get one, and take_fresh()
+    lists them."""
 
     def __init__(self, pool: PagePool, *, enabled: bool = True, key: Key | None = None):
         self.pool, self.enabled, self._key = pool, enabled, key
@@ -177,6 +177,9 @@ class PrefixCache:
                 if self._key is not None:
                     node.key = self._key(above.key or None, tokens, seq.salt)
                     self._fresh.append(node)
+            elif node.page != seq.pages[at]:  # somebody else was sooner: one page is enough
+                self.pool.release([seq.pages[at]])
+                seq.pages[at] = node.page
             self._use(node)
             nodes.append(node)
 
@@ -186,14 +189,13 @@ class PrefixCache:
         if sound:
             self.keep(seq)
         nodes = self._held.pop(seq, [])
-        own = [page for i, page in enumerate(seq.pages) if i >= len(nodes) or nodes[i].page != page]
+        own = seq.pages[len(nodes) :]
         part = seq.num_computed - len(nodes) * self.pool.page_size
         if sound and self.enabled and 0 < part < self.pool.page_size:
             above = nodes[-1] if nodes else self._root(seq.salt)
             tokens = tuple(seq.tokens[-part + seq.num_computed : seq.num_computed])
             if above.nearest(tokens)[1] < part:
-                own.remove(seq.pages[len(nodes)])
-                self._retire(self._insert(above, seq.pages[len(nodes)], tokens))
+                self._retire(self._insert(above, own.pop(0), tokens))
         if not sound and nodes:
             self._cut(nodes[0])
         for node in reversed(nodes):
