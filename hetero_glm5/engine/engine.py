@@ -58,7 +58,8 @@ STORE_PATIENCE = 0.002  # seconds between two looks at pages that are being read
 
 
 class Engine:
-    """Made by Engine.load. `clock` may be set to a core.Clock to measure the parts of each step."""
+    """Made by Engine.load, which sets what may be missing: the drafter, and the page store. `clock` may be set to a
+    core.Clock to measure the parts of each step."""
 
     def __init__(
         self,
@@ -97,7 +98,8 @@ class Engine:
         self.pool.check()
         self.tiers.end_step()
         self._time(batch, drawn, time.perf_counter() - started)
-        self._computed = self.runner.computed
+        if self.drafter is not None or self.store is not None:
+            self._computed = self.runner.computed
         return late + self.scheduler.commit(batch, drawn)
 
     def _follow_up(self) -> None:

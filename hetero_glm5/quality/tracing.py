@@ -20,12 +20,13 @@ def record(llm: LLM, kinds: list[str], prompts: list[list[int]], params: Samplin
     with recording(llm) as recorder:
         while engine.busy:
             engine.step()
+            if not engine.batch.chunks:
+                continue
             ids.append(recorder.take())
-            for chunk in engine.batch.chunks:
-                seq = chunk.seq
-                first = seq.num_computed - chunk.count
-                decoded = chunk.count == 1 and first >= seq.num_prompt
-                rows += [(step, number[seq], first + i, decoded) for i in range(chunk.count)]
+            computed = engine.runner.computed
+            for (seq, first), segment in zip(computed.chunks, computed.rows.segments, strict=True):
+                decoded = first >= seq.num_prompt
+                rows += [(step, number[seq], first + i, decoded) for i in range(segment.stop - segment.start)]
             step += 1
     columns = np.array(rows, dtype=np.int64).T
     config = engine.model_config

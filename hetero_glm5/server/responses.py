@@ -27,6 +27,7 @@ class Usage:
 
     prompt: int
     completion: int = 0
+    cached: int = 0  # of the prompt's
     reasoning: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -34,7 +35,7 @@ class Usage:
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": 0},  # no prompt is reused between requests in this version
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
         if self.reasoning is not None:
             usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}

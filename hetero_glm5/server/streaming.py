@@ -66,6 +66,7 @@ class TextCollector:
 
     def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
         self.usage.completion += told.token is not None
+        self.usage.cached += _newly_cached(told)
         self._texts[index] += told.text
         self._reasons[index] = told.finish_reason
         return [text_choice(index, told.text, told.finish_reason)] if told.text or told.finish_reason else []
@@ -85,6 +86,7 @@ class ChatCollector:
         return [chat_chunk_choice({"role": "assistant", "content": ""})]
 
     def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
+        self.usage.cached += _newly_cached(told)
         if told.token is not None:
             self.usage.completion += 1
             if self.usage.reasoning is not None and self._parser.in_reasoning:
@@ -102,6 +104,11 @@ class ChatCollector:
 
     def choices(self) -> list[dict[str, Any]]:
         return [chat_choice(self._message, self._reason)]
+
+
+def _newly_cached(told: TokenEvent) -> int:
+    """Of the sequence's prompt, how many tokens were known, told once: when it ends."""
+    return (told.seq.num_cached or 0) if told.finish_reason is not None else 0
 
 
 def _merged(deltas: list[Delta]) -> list[Delta]:

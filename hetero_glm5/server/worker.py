@@ -36,9 +36,9 @@ class Generation:
     """The answers to one request's prompts, as they come. Made by EngineWorker.submit."""
 
     def __init__(self, prompts: list[list[int]], params: SamplingParams):
-        self.prompts, self.params = prompts, params
+        self.prompts, self.params = prompts, params  # each prompt is answered params.n times, one after the other
         self.queue: asyncio.Queue[tuple[int, TokenEvent] | Exception | None] = asyncio.Queue()
-        self.unfinished = len(prompts)
+        self.unfinished = len(prompts) * params.n
 
     async def next(self, patience: float | None) -> tuple[int, TokenEvent] | None:
         """(prompt's number, event); None for "accepted", or when `patience` seconds brought nothing.
@@ -252,7 +252,7 @@ class EngineWorker:
                 del self._sequences[event.seq]
         if told:
             self._call(_deliver, told)
-        if self._engine.busy and not self._sequences:
+        if (self._engine.num_running or self._engine.num_waiting) and not self._sequences:
             raise RuntimeError("it still has work after its requests were aborted")
 
     def _add(self, generation: Generation) -> None:
@@ -260,7 +260,7 @@ class EngineWorker:
         answer: Exception | None = None
         try:
             for tokens in generation.prompts:
-                added.append(self._engine.add(tokens, generation.params))
+                added += self._engine.add_all(tokens, generation.params)
         except Exception as error:  # one request's failure is not the others'
             answer = _told(error)
             for seq in added:

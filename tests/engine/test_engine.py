@@ -41,7 +41,7 @@ def test_a_step_that_fails_ends_its_own_sequences_only(engine):
     engine.runner.forward = forward
     drain(engine)
     assert waiting.finish_reason == "length" and len(waiting.output) == 4
-    assert engine.scheduler.pages.num_free == engine.scheduler.pages.num_pages
+    assert engine.scheduler.cache.num_available == engine.scheduler.cache.pool.num_pages
 
 
 def test_aborts_are_final_wherever_the_sequence_is(engine):
@@ -52,7 +52,7 @@ def test_aborts_are_final_wherever_the_sequence_is(engine):
     events = drain(engine)
     assert {event.seq for event in events} == {last} and last.finish_reason == "length"
     assert running.finish_reason == waiting.finish_reason == "abort"
-    assert engine.scheduler.pages.num_free == engine.scheduler.pages.num_pages
+    assert engine.scheduler.cache.num_available == engine.scheduler.cache.pool.num_pages
 
 
 def test_an_idle_engine_steps_for_nothing(engine):
