@@ -230,6 +230,13 @@ def test_a_start_leaves_alone_what_another_writes(tmp_path, monkeypatch):
     assert_read(pages, 0)
 
 
+def test_what_another_evicted_makes_room_too(tmp_path):
+    pages = filled(tmp_path, 0, 1, 2, 3, limit=4 * FILE)
+    path(tmp_path, 0).unlink()
+    pages.write(key(4), page(4))
+    assert held(pages) == [1, 2, 3, 4]
+
+
 def files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
