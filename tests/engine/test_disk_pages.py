@@ -84,7 +84,7 @@ def test_any_flipped_bit_is_found(tmp_path, caplog):
     pages = filled(tmp_path, 0)
     intact = path(tmp_path, 0).read_bytes()
     assert len(intact) == FILE
-    for bit in range(0, 8 * FILE, 3):  # 3 is coprime to 8: every byte and every place in a byte
+    for bit in range(0, 8 * FILE, 5):  # 5 is coprime to 8: every byte and every place in a byte
         damaged = bytearray(intact)
         damaged[bit // 8] ^= 1 << bit % 8
         path(tmp_path, 0).write_bytes(damaged)
@@ -228,6 +228,13 @@ def test_a_start_leaves_alone_what_another_writes(tmp_path, monkeypatch):
     pages = filled(tmp_path, 0)
     assert len(begun) == 1 and begun[0].endswith(".partial")
     assert_read(pages, 0)
+
+
+def test_what_another_evicted_makes_room_too(tmp_path):
+    pages = filled(tmp_path, 0, 1, 2, 3, limit=4 * FILE)
+    path(tmp_path, 0).unlink()
+    pages.write(key(4), page(4))
+    assert held(pages) == [1, 2, 3, 4]
 
 
 def files(folder: Path) -> list[Path]:
