@@ -60,6 +60,8 @@ class Store(Protocol):
 
     def fetch(self, keys: Run[bytes]) -> Fetch: ...
 
+    def touch(self, keys: Run[bytes]) -> None: ...
+
 
 @dataclass
 class Counts:
@@ -193,6 +195,8 @@ class Scheduler:
                 break
             self.waiting.remove(seq)
             cache.hold(seq, match)
+            if self.store is not None:
+                self.store.touch([node.key for node in match.nodes])
             if seq not in self._fetches:
                 copy = cache.copy_part(seq, match)
                 copies += [copy] if copy is not None else []

@@ -32,6 +32,9 @@ class Memory:
     def __contains__(self, key) -> bool:
         return key in self.pages
 
+    def touch(self, keys):
+        assert all(key in self.pages for key in keys)
+
     def fetch(self, keys):
         found = []
         for key in keys:
@@ -65,9 +68,7 @@ class World:
     def __init__(self, pool_pages=8, store=None, seed=0, **flags):
         self.model = KvModel(pool_pages, PAGE)
         config = EngineConfig(**flags)
-        cache = PrefixCache(
-            PagePool(pool_pages, PAGE), enabled=not config.disable_radix_cache, key=store and store.key
-        )
+        cache = PrefixCache(PagePool(pool_pages, PAGE), enabled=not config.disable_radix_cache, key=store and store.key)
         self.store, self.rng = store, random.Random(seed)
         self.scheduler = Scheduler(config, cache, Stopping((), pool_pages * PAGE, None), store)
 

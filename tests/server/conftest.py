@@ -26,6 +26,7 @@ class FakeEngine:
     """Says `answer(prompt)` piece by piece, one for each step; " w" + the prompt's length + the count by default."""
 
     context_length = 1000
+    num_waiting = 0
     config = SimpleNamespace(max_queued_requests=100)
 
     def __init__(self, answer: Callable[[list[int]], list[str]] | None = None, *, most_waiting: int = 1000):
@@ -40,6 +41,13 @@ class FakeEngine:
     @property
     def busy(self) -> bool:
         return bool(self.running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    def add_all(self, tokens: list[int], params: SamplingParams) -> list[Sequence]:
+        return [self.add(tokens, params)]
 
     def add(self, tokens: list[int], params: SamplingParams) -> Sequence:
         if len(tokens) >= self.context_length:

@@ -26,12 +26,18 @@ from hetero_glm5.server import serve
 
 class Engine:
     context_length = 100_000
+    num_waiting = 0
     config = SimpleNamespace(device="none", max_queued_requests=9)
     def __init__(self):
         self.running = []
     @property
     def busy(self):
         return bool(self.running)
+    @property
+    def num_running(self):
+        return len(self.running)
+    def add_all(self, tokens, params):
+        return [self.add(tokens, params)]
     def add(self, tokens, params):
         self.running.append(Sequence(tokens, params, len(tokens)))
         return self.running[-1]

@@ -145,7 +145,7 @@ def test_experts_that_do_not_fit_in_memory_stay_in_files(checkpoint, caplog, mon
     caplog.set_level("INFO")
     store = packed_store(checkpoint)
     machine = dataclasses.replace(hardware.probe(gpu=False), ram_available=16 << 20)  # 9 dense, 9 experts
-    monkeypatch.setattr("hetero_glm5.engine.engine.activation_bytes", lambda *_: 0)
+    monkeypatch.setattr("hetero_glm5.engine.sizing.activation_bytes", lambda *_: 0)
     monkeypatch.setattr(hardware, "probe", lambda gpu: machine)
     tokens = generate(checkpoint, kt_weight_path=str(store))
     assert "do not fit in memory" in caplog.text and "in files" in caplog.text
