@@ -48,7 +48,7 @@ class Sampler:
         if params.grammar is not None:
             if self._grammars is None:
                 raise RequestError("a grammar needs a tokenizer and an end token.", params.grammar.param)
-            constraint = Constraint(self._grammars.matcher(params.grammar), self.vocab_size)
+            constraint = Constraint(self._grammars, params.grammar, self.vocab_size)
         ends = [*params.stop_token_ids, *(() if params.ignore_eos else self.eos)]
         needed = constraint or params.min_tokens or params.logit_bias or _penalised(params)
         self._shaping[seq] = Shaping(seq, ends, constraint) if needed else None
@@ -221,12 +221,11 @@ def _chances(logits: Tensor, settings: Tensor) -> Tensor:
 
 
 def _invert(chances: Tensor, number: Tensor) -> Tensor:
-    """Where [rows, 1] the cumulated chances [rows, n] pass `number` [rows, 1] of their total. Below the total, lest
-    rounding reach what has no chance."""
+    """Where [rows, 1] the cumulated chances [rows, n] pass `number` [rows, 1], of at most 1 - 2**-53, of their total: a
+    product that rounding leaves below the total, so that what has no chance is not reached."""
     mass = chances.cumsum(-1)
-    total = mass[:, -1:]
-    target = torch.minimum(number * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(mass, target, right=True).clamp_(max=mass.shape[-1] - 1)  # past the end: NaN
+    at = torch.searchsorted(mass, number * mass[:, -1:], right=True)
+    return at.clamp_(max=mass.shape[-1] - 1)  # NaN is past the end
 
 
 def _order(logits: Tensor) -> Tensor:
