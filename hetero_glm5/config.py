@@ -39,6 +39,7 @@ KT_METHODS = {  # --kt-method, under this project's name and under KTransformers
 PLACEMENTS = ("uniform", "front-loading", "random", "frequency")
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flashinfer", "fa3", "flashmla", "dsa", "nsa")
 KV_DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp8_e4m3": "fp8_e4m3"}
+DRAFT_DEPTH, KV_DISK_GIB = 3, 64
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,15 @@ class EngineConfig(Flags):
         None, "longest sequence in tokens, at most the model's own; default: what the KV pool holds", at_least=2
     )
     mem_fraction_static: float = flag(0.85, "share of device memory for weights, device experts and the KV pool")
-    kv_cache_dtype: str = flag("auto", "type of the cached latents and keys", choices=tuple(KV_DTYPES))
+    kv_cache_dtype: str = flag(
+        "auto",
+        "type of the cached latents and keys; fp8_e4m3 takes about half the memory of bf16 and changes results",
+        choices=tuple(KV_DTYPES),
+    )
+    disable_radix_cache: bool = flag(False, "compute every prompt whole; without it, known prefixes are reused")
+    kv_host_size: float = flag(0.0, "GiB of host memory for pages of the KV pool that may be used again", at_least=0)
+    kv_disk_path: str | None = flag(None, "folder for such pages, where they outlive the process")
+    kv_disk_size: float | None = flag(None, f"GiB that they may take there; default: {KV_DISK_GIB}", at_least=0)
     page_size: int = flag(64, "tokens in a page of the KV pool", at_least=1)
     chunked_prefill_size: int = flag(2048, "tokens computed in one step at most", at_least=1)
     enable_mixed_chunk: bool = flag(True, "decode rows ride along with prefill chunks")
@@ -121,8 +130,12 @@ class EngineConfig(Flags):
     enable_p2p_check: bool = flag(False, "accepted; there is no peer device")
     disable_shared_experts_fusion: bool = flag(False, "accepted; the shared expert is never fused with routed ones")
 
-    speculative_algorithm: str = flag("none", "draft tokens ahead", choices=("none", "EAGLE", "MTP"))
-    speculative_num_steps: int | None = flag(None, "draft steps", at_least=0)
+    speculative_algorithm: str = flag(
+        "none", "draft tokens ahead with the MTP layer (both names mean that)", choices=("none", "EAGLE", "MTP")
+    )
+    speculative_num_steps: int | None = flag(
+        None, f"most tokens drafted ahead; how many is chosen by what pays; default: {DRAFT_DEPTH}", at_least=0
+    )
     speculative_eagle_topk: int | None = flag(None, "draft tokens tried at each step; 1 only", at_least=1)
     speculative_num_draft_tokens: int | None = flag(None, "tokens verified at once", at_least=1)
     speculative_config_method: str | None = flag(
@@ -152,6 +165,8 @@ class EngineConfig(Flags):
             )
         if self.expert_distribution_recorder_buffer_size == 0:
             raise ConfigError("--expert-distribution-recorder-buffer-size is 0; it must be at least 1, or -1 for all.")
+        self._check_drafting()
+        self._check_store()
         self._refuse_unbuilt()
 
     def _refuse_unbuilt(self) -> None:
@@ -160,11 +175,54 @@ class EngineConfig(Flags):
             raise ConfigError(
                 f"--tensor-parallel-size is {self.tensor_parallel_size}; hetero_glm5 drives one device. Use 1."
             )
-        if self.kv_cache_dtype == "fp8_e4m3":
-            raise ConfigError("--kv-cache-dtype fp8_e4m3 is not built in this version. Use auto or bf16.")
-        drafting = [f"--{name.replace('_', '-')}" for name in _SPECULATIVE if getattr(self, name) not in (None, "none")]
-        if drafting:
-            raise ConfigError(f"{drafting[0]}: speculative decoding is not built in this version. Leave it out.")
+
+    def _check_drafting(self) -> None:
+        """The two spellings of the drafting flags say the same, and something that can be."""
+        vllm = self.speculative_config_method is not None
+        steps, tokens = self.speculative_num_steps, self.speculative_num_draft_tokens
+        if vllm and self.speculative_algorithm != "none":
+            raise ConfigError(
+                "--speculative-config.method and --speculative-algorithm are two spellings of one choice. Leave one of "
+                "the two out."
+            )
+        named = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
+        if self.speculative_algorithm == "none":
+            for name in named:
+                if getattr(self, name) is not None:
+                    other = "--speculative-config.num_speculative_tokens" if vllm else "--speculative-algorithm MTP"
+                    raise ConfigError(f"--{name.replace('_', '-')} needs --speculative-algorithm; use {other}.")
+        if self.speculative_config_num_speculative_tokens is not None and not vllm:
+            raise ConfigError("--speculative-config.num_speculative_tokens needs --speculative-config.method mtp.")
+        if self.speculative_eagle_topk not in (None, 1):
+            raise ConfigError(
+                f"--speculative-eagle-topk is {self.speculative_eagle_topk}; one draft is tried at each step. Use 1."
+            )
+        if steps is not None and tokens is not None and tokens != steps + 1:
+            raise ConfigError(
+                f"--speculative-num-draft-tokens is {tokens}, but {steps} draft steps and the drawn token are "
+                f"{steps + 1}. Leave it out."
+            )
+
+    def _check_store(self) -> None:
+        if self.kv_disk_size is not None and self.kv_disk_path is None:
+            raise ConfigError("--kv-disk-size needs --kv-disk-path FOLDER, where the pages are kept.")
+        if (self.kv_host_size or self.kv_disk_path is not None) and self.disable_radix_cache:
+            raise ConfigError(
+                "--kv-host-size and --kv-disk-path keep prefixes for reuse, which --disable-radix-cache turns off. "
+                "Leave one of the two out."
+            )
+
+    @property
+    def draft_depth(self) -> int:
+        """The most tokens drafted ahead of a sequence; 0 = none."""
+        if self.speculative_config_method is not None:
+            depth = self.speculative_config_num_speculative_tokens
+        elif self.speculative_algorithm == "none":
+            return 0
+        else:
+            tokens = self.speculative_num_draft_tokens
+            depth = tokens - 1 if self.speculative_num_steps is None and tokens else self.speculative_num_steps
+        return DRAFT_DEPTH if depth is None else depth
 
     def resolve(
         self,
@@ -199,6 +257,10 @@ class EngineConfig(Flags):
             raise ConfigError(
                 f"--context-length is {self.context_length}; this model was made for "
                 f"{model.max_position_embeddings} positions."
+            )
+        if self.draft_depth and not model.num_nextn_predict_layers:
+            raise ConfigError(
+                "--speculative-algorithm: this model has no MTP layer (num_nextn_predict_layers is 0). Leave it out."
             )
         kv = KV_DTYPES[self.kv_cache_dtype]
         settled = dataclasses.replace(
@@ -323,9 +385,6 @@ class EngineConfig(Flags):
 
 def _listed(nodes: Iterable[int]) -> str:
     return ", ".join(map(str, nodes))
-
-
-_SPECULATIVE = tuple(f.name for f in dataclasses.fields(EngineConfig) if f.name.startswith("speculative_"))
 
 
 @dataclass(frozen=True)

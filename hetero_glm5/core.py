@@ -167,6 +167,17 @@ class SamplingParams:
             raise RequestError(f"{name} is {getattr(self, name)!r}; it must be {limit}.", name)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What the sampler drew for one position. With SamplingParams.logprobs, `logprob` is the token's and `top` holds
+    (token, log-probability) of the likeliest ones, best first. `error` says why nothing could be drawn."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    error: str | None = None
+
+
 @dataclass(eq=False)
 class Sequence:
     """One prompt and what has been generated for it. State is `tokens`, `num_computed` and `pages`; the rest follows.
@@ -178,10 +189,15 @@ class Sequence:
     params: SamplingParams
     num_prompt: int
     id: int = -1  # its place in the order of arrival, from the scheduler
+    salt: str | None = None  # prefixes are shared among sequences of one salt only
+    deadline: float | None = None  # by time.monotonic()
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
+    drafts: tuple[int, ...] = ()  # tokens that may follow
+    num_cached: int | None = None  # tokens of the prompt that need not be computed, known when it is first let in
     finish_reason: FinishReason | None = None
     logits: list[Any] | None = None  # where to collect the logits of every position, if asked for (LLM.logits)
+    prompt_logprobs: list[Drawn] | None = None  # of tokens[1:num_prompt], if asked for
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -205,14 +221,19 @@ class Sequence:
         return self.num_pending == 1 and self.num_output > 0
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether something is wanted of every position of the prompt, so that all of it must be computed."""
+        return self.logits is not None or self.prompt_logprobs is not None
+
+    @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`count` consecutive tokens of one sequence, starting at its num_computed, that a step computes, and after its
-    last token `drafts`, guesses at the tokens to come."""
+    """`count` consecutive tokens of one sequence, starting at its num_computed, that a step computes, and after them
+    the tokens drafted to follow."""
 
     seq: Sequence
     count: int
@@ -221,6 +242,10 @@ class Chunk:
     @property
     def start(self) -> int:
         return self.seq.num_computed
+
+    @property
+    def num_rows(self) -> int:
+        return self.count + len(self.drafts)
 
     @property
     def decodes(self) -> bool:
@@ -232,26 +257,32 @@ class Chunk:
         """Whether the chunk reaches the sequence's last token, so that a new one is drawn from its logits."""
         return self.count == self.seq.num_pending
 
+    @property
+    def num_draws(self) -> int:
+        """How many of its rows draw a token, the last ones: row j assumes that the first j drafts are right."""
+        return 1 + len(self.drafts) if self.samples else 0
+
+
+@dataclass(frozen=True)
+class SlotCopy:
+    """The first `count` cached tokens of page `source` are wanted in page `target` too."""
+
+    source: int
+    target: int
+    count: int
+
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes: decode rows first, then prefill chunks."""
+    """What one step computes: decode rows first, then prefill chunks. Before that, pages get what is known of them:
+    first `restored` ones a whole page's bytes (uint8 array), then `copies`."""
 
     chunks: list[Chunk]
+    restored: list[tuple[int, Any]] = field(default_factory=list)
+    copies: list[SlotCopy] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.chunks)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What the sampler drew for one position. With SamplingParams.logprobs, `logprob` is the token's and `top` holds
-    (token, log-probability) of the likeliest ones, best first. `error` says why nothing could be drawn."""
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    error: str | None = None
+        return bool(self.chunks or self.restored or self.copies)
 
 
 @dataclass(frozen=True)
@@ -263,6 +294,7 @@ class TokenEvent:
     text: str
     finish_reason: FinishReason | None = None
     error: str | None = None
+    drawn: Drawn | None = None
 
 
 @dataclass(frozen=True)

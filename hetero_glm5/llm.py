@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hetero_glm5.config import EngineConfig
-from hetero_glm5.core import FinishReason, RequestError, SamplingParams, Sequence, UserError
+from hetero_glm5.core import Drawn, FinishReason, RequestError, SamplingParams, Sequence, UserError
 from hetero_glm5.engine.engine import Engine
 from hetero_glm5.flags import ConfigError, nearest_flag
 from hetero_glm5.model_config import DEMO, ModelConfig, checkpoint_folder
@@ -32,6 +32,9 @@ class Output:
     token_ids: list[int]
     text: str | None
     finish_reason: FinishReason
+    num_cached: int = 0  # tokens of the prompt that were known
+    logprobs: list[Drawn] | None = None  # of each token, with SamplingParams.logprobs
+    prompt_logprobs: list[Drawn] | None = None  # of each prompt token but the first
 
 
 class LLM:
@@ -65,8 +68,8 @@ class LLM:
     def generate(
         self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None = None
     ) -> list[Output]:
-        """Generates for one prompt (text or token ids) or a list of them; one Output each, in order. `params` for all,
-        or one for each. Raises RequestError."""
+        """Generates for one prompt (text or token ids) or a list of them; one Output each, in order, or params.n of
+        them. `params` for all, or one for each. Raises RequestError."""
         many = _as_list(prompts)
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(many)
         if len(each) != len(many) or not all(isinstance(p, SamplingParams) for p in each):
@@ -78,14 +81,17 @@ class LLM:
     def _generate(self, todo: deque[tuple[list[int], SamplingParams]]) -> list[Output]:
         seqs: list[Sequence] = []
         texts: dict[int, str] = {}
+        drawn: dict[int, list[Drawn]] = {}
         try:
             while todo or self.engine.busy:
                 while todo and self.engine.num_waiting < self.engine.config.max_queued_requests:
-                    seqs.append(self.engine.add(*todo.popleft()))
+                    seqs += self.engine.add_all(*todo.popleft())
                 for event in self.engine.step():
                     texts[event.seq.id] = texts.get(event.seq.id, "") + event.text
                     if event.error is not None:
                         raise RuntimeError(event.error)
+                    if event.drawn is not None and event.seq.params.logprobs is not None:
+                        drawn.setdefault(event.seq.id, []).append(event.drawn)
         finally:
             for seq in seqs:
                 self.engine.abort(seq)  # does nothing to finished ones
@@ -95,6 +101,9 @@ class LLM:
                 seq.output,
                 None if self.tokenizer is None else texts[seq.id],
                 seq.finish_reason or "abort",
+                seq.num_cached or 0,
+                drawn.get(seq.id),
+                seq.prompt_logprobs,
             )
             for seq in seqs
         ]

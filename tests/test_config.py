@@ -59,7 +59,6 @@ def test_the_cards_command_parses_and_says_what_has_no_effect(device):
         ("--latent-norm-eps inf", ["--latent-norm-eps", "inf"]),
         ("--tensor-parallel-size 8", ["8", "Use 1"]),
         ("--kt-method BF15", ["BF15", "did you mean BF16"]),
-        ("--kv-cache-dtype fp8_e4m3", ["fp8_e4m3"]),
         ("--speculative-algorithm EAGLE", ["--speculative-algorithm"]),
         ("--speculative-config.method mtp", ["--speculative-config"]),
         ("--expert-distribution-recorder-mode per_token", ["per_token", "must be one of stat"]),

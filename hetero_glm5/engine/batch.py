@@ -1,40 +1,92 @@
-"""A scheduled batch as tensors: which tokens, at which positions, into which cache slots."""
+"""A scheduled batch as tensors: which tokens, at which positions, into which cache slots.
+
+Their memory is kept from step to step. Each running sequence has a row of a table on the device that says where its
+positions lie in the cache; a row is written when the sequence gets pages, not for every token.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
+from torch import Tensor
 
+from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import Batch, Sequence
 from hetero_glm5.model.state import Clocked, Rows, Segment
 
 
-def context_slots(seq: Sequence, length: int, page_size: int) -> np.ndarray:
-    """Cache slots of the sequence's positions 0..length-1, int64."""
-    pages = np.asarray(seq.pages[: -(-length // page_size)], dtype=np.int64)
-    return (pages[:, None] * page_size + np.arange(page_size)).reshape(-1)[:length]
-
-
-def decoded_rows(batch: Batch) -> torch.Tensor:
+def decoded_rows(batch: Batch) -> Tensor:
     """bool [T], on the CPU: which of the batch's rows are decoded, not prefilled."""
-    counts = torch.tensor([chunk.count for chunk in batch.chunks])
+    if all(chunk.decodes for chunk in batch.chunks):
+        return torch.ones(sum(chunk.num_rows for chunk in batch.chunks), dtype=torch.bool)
+    counts = torch.tensor([chunk.num_rows for chunk in batch.chunks])
     return torch.tensor([chunk.decodes for chunk in batch.chunks]).repeat_interleave(counts)
 
 
-def to_rows(batch: Batch, page_size: int, device: str, clock: Clocked) -> Rows:
-    token_ids: list[int] = []
-    positions, slots, segments = [], [], []
-    for chunk in batch.chunks:
-        seq, first, last = chunk.seq, chunk.start, chunk.start + chunk.count
-        context = context_slots(seq, last, page_size)
-        segments.append(Segment(len(token_ids), len(token_ids) + chunk.count, torch.from_numpy(context).to(device)))
-        token_ids += seq.tokens[first:last]
-        positions.append(np.arange(first, last))
-        slots.append(context[first:])
-    return Rows(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=torch.from_numpy(np.concatenate(positions)).to(device),
-        slots=torch.from_numpy(np.concatenate(slots)).to(device),
-        segments=segments,
-        clock=clock,
-    )
+class BatchTensors:
+    """Of a settled config. One batch at a time: the next one's tensors take the place of this one's, so the device must
+    be done with them."""
+
+    def __init__(self, config: EngineConfig, most_rows: int, context_length: int):
+        device, page_size, most_sequences = config.device, config.page_size, config.max_running_requests
+        self.device, self.page_size = device, page_size
+        pages = -(-context_length // page_size)
+        self._table = torch.empty(most_sequences, pages, page_size, dtype=torch.int64, device=device)
+        self._contexts = self._table.view(most_sequences, -1)
+        self._here = torch.empty(3, most_rows, dtype=torch.int64, pin_memory=device.startswith("cuda"))
+        self._staged = self._here.numpy()  # the same memory
+        self._there = self._here if device == "cpu" else torch.empty_like(self._here, device=device)
+        self._places: dict[Sequence, int] = {}
+        self._known: list[list[int]] = [[] for _ in range(most_sequences)]  # the pages in each row of the table
+        self._offsets = torch.arange(page_size, device=device)
+
+    def context(self, seq: Sequence, length: int) -> Tensor:
+        """Cache slots of the sequence's positions 0..length-1, int64 on the device."""
+        place = self._places.get(seq)
+        if place is None:
+            place = self._places[seq] = self._free_place()
+        known = self._known[place]
+        if len(known) != len(seq.pages) or known != seq.pages:
+            same = next((i for i, (a, b) in enumerate(zip(known, seq.pages, strict=False)) if a != b), None)
+            first = min(len(known), len(seq.pages)) if same is None else same
+            if first < len(seq.pages):
+                starts = torch.tensor(seq.pages[first:], dtype=torch.int64).to(self.device) * self.page_size
+                self._table[place, first : len(seq.pages)] = starts[:, None] + self._offsets
+            self._known[place] = [*seq.pages]
+        return self._contexts[place, :length]
+
+    def _free_place(self) -> int:
+        """A row of the table that no sequence with pages has."""
+        if len(self._places) == len(self._known):
+            for seq in [seq for seq in self._places if not seq.pages]:
+                del self._places[seq]
+        used = set(self._places.values())
+        return next(place for place in range(len(self._known)) if place not in used)
+
+    def rows(self, batch: Batch, clock: Clocked) -> Rows:
+        """The batch's rows: each chunk's tokens, then its drafts."""
+        runs = []
+        for chunk in batch.chunks:
+            tokens = chunk.seq.tokens[chunk.start : chunk.start + chunk.count]
+            runs.append((chunk.seq, chunk.start, [*tokens, *chunk.drafts]))
+        return self.place(runs, clock)
+
+    def place(self, runs: Iterable[tuple[Sequence, int, list[int]]], clock: Clocked) -> Rows:
+        """Rows for runs of tokens: whose, the first one's position, their ids."""
+        at, segments = 0, []
+        for seq, first, tokens in runs:
+            stop, last = at + len(tokens), first + len(tokens)
+            segments.append(Segment(at, stop, self.context(seq, last)))
+            positions = np.arange(first, last)
+            pages = np.asarray(seq.pages[first // self.page_size :])
+            slots = pages[positions // self.page_size - first // self.page_size] * self.page_size
+            self._staged[0, at:stop] = tokens
+            self._staged[1, at:stop] = positions
+            self._staged[2, at:stop] = slots + positions % self.page_size
+            at = stop
+        if self._there is not self._here:
+            self._there[:, :at].copy_(self._here[:, :at], non_blocking=True)
+        ids, positions, slots = self._there[:, :at]
+        return Rows(token_ids=ids, positions=positions, slots=slots, segments=segments, clock=clock)

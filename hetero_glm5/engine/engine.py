@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from hetero_glm5 import _C, hardware
-from hetero_glm5.config import EngineConfig
+from hetero_glm5 import hardware
+from hetero_glm5.config import KV_DISK_GIB, EngineConfig
 from hetero_glm5.core import (
     Batch,
+    Drawn,
     LoadProgress,
     RequestError,
     SamplingParams,
@@ -21,38 +24,37 @@ from hetero_glm5.core import (
     UserError,
     no_clock,
 )
-from hetero_glm5.engine.batch import decoded_rows
+from hetero_glm5.engine import sizing
+from hetero_glm5.engine.batch import BatchTensors, decoded_rows
+from hetero_glm5.engine.draft_depth import DraftDepth
 from hetero_glm5.engine.kv_cache import PagePool
+from hetero_glm5.engine.page_store import PageStore
+from hetero_glm5.engine.prefix_cache import PrefixCache
+from hetero_glm5.engine.residency import set_up_moves, starting_slots, where_experts_live
 from hetero_glm5.engine.runner import Runner
-from hetero_glm5.engine.sampler import sample
-from hetero_glm5.engine.scheduler import Scheduler
+from hetero_glm5.engine.sampler import Sampler
+from hetero_glm5.engine.scheduler import INVALID_TOKEN, Scheduler
+from hetero_glm5.engine.speculative import Computed, Drafter
 from hetero_glm5.engine.stopping import Detokenizer, Stopping
-from hetero_glm5.experts.calibrate import costs_here
 from hetero_glm5.experts.counts import RoutingCounts
 from hetero_glm5.experts.cpu_tier import HostPool
-from hetero_glm5.experts.divided import STAGES
-from hetero_glm5.experts.host_stream import HostStream
-from hetero_glm5.experts.load import adapt, divide_prefills, load_tiers, pin
+from hetero_glm5.experts.load import load_tiers
 from hetero_glm5.experts.recording import Recording
 from hetero_glm5.experts.tiers import ExpertTiers
 from hetero_glm5.flags import ConfigError
 from hetero_glm5.model.glm5 import GLM5
-from hetero_glm5.model.state import Cache, Clocked, activation_bytes, cache_bytes_per_token
+from hetero_glm5.model.mtp import MTP
+from hetero_glm5.model.state import Cache, Clocked
 from hetero_glm5.model_config import ModelConfig
-from hetero_glm5.placement.cost import Costs, Curve
-from hetero_glm5.placement.divide import threshold
-from hetero_glm5.placement.memory import Limits, MemoryPlan, Needs, host_experts_fit, plan_memory
-from hetero_glm5.placement.planner import Adaptive
-from hetero_glm5.placement.policy import place, slots
+from hetero_glm5.placement.memory import GIB
 from hetero_glm5.placement.record import DistributionRecorder
-from hetero_glm5.placement.stats import load_counts
 from hetero_glm5.weights.expert_store import ExpertStore, is_store
-from hetero_glm5.weights.load import ModelWeights, Report, dense_bytes
+from hetero_glm5.weights.load import ModelWeights, Report
 from hetero_glm5.weights.quantize import ExpertLayout
 
 log = logging.getLogger(__name__)
 
-SAME_MEMORY, SAME_CORES, NO_LINK = 50e9, 1e12, 1.0  # bytes/s, FLOP/s, bytes/s: of both tiers on a CPU
+STORE_PATIENCE = 0.002  # seconds between two looks at pages that are being read
 
 
 class Engine:
@@ -63,41 +65,107 @@ class Engine:
         config: EngineConfig,
         runner: Runner,
         scheduler: Scheduler,
+        sampler: Sampler,
         tiers: ExpertTiers,
-        pool: HostPool,
         recorder: DistributionRecorder,
     ):
-        self.config, self.runner, self.scheduler, self.tiers, self.pool = config, runner, scheduler, tiers, pool
+        self.config, self.runner, self.scheduler, self.sampler = config, runner, scheduler, sampler
+        self.tiers, self.recorder = tiers, recorder
         self.model_config: ModelConfig = runner.model.config
-        self.recorder = recorder
+        self.drafter: Drafter | None = None
+        self.store: PageStore | None = None  # the scheduler's
         self.clock: Clocked = no_clock
         self.batch = Batch([])  # what the latest step computed, or failed to
+        self._computed: Computed | None = None  # what the latest step leaves to do
 
     def step(self) -> list[TokenEvent]:
-        """Computes the next batch and returns an event for each sequence that got a token."""
+        """Computes the next batch and returns an event for each token that a sequence got."""
+        self._follow_up()
         self.batch = Batch([])  # should schedule() fail, no sequence is to blame
+        late = self.scheduler.expire(time.monotonic())
         batch = self.batch = self.scheduler.schedule()
         if not batch:
-            return []
+            return late or self._idle()
+        started = time.perf_counter()
         self.tiers.begin_step(decoded_rows(batch))
         logits = self.runner.forward(batch, self.clock)
         with self.clock("sampling"):
-            tokens = sample(logits, batch, self.model_config.eos_token_ids)
+            drawn = self.sampler(logits, batch)
+            for i in self.runner.unsound(batch):
+                drawn[i] = [Drawn(INVALID_TOKEN)]
         self.runner.wait()  # sampling does, but for a step from which no token is drawn
         self.pool.check()
         self.tiers.end_step()
-        return self.scheduler.commit(batch, tokens)
+        self._time(batch, drawn, time.perf_counter() - started)
+        self._computed = self.runner.computed
+        return late + self.scheduler.commit(batch, drawn)
+
+    def _follow_up(self) -> None:
+        """What the latest step leaves to do once its tokens have been told: drafts, and keeping its pages."""
+        computed, self._computed = self._computed, None
+        if computed is None:
+            return
+        if self.drafter is not None:
+            with self.clock("drafts"):
+                self.drafter.draft(computed, self.scheduler.cache.grow, self.context_length)
+        fresh = self.scheduler.cache.take_fresh()
+        if self.store is not None and fresh:
+            fresh = [node for node in fresh if node.key not in self.store]
+            contents = self.runner.read_pages([node.page for node in fresh]).numpy()
+            for node, content in zip(fresh, contents, strict=True):
+                self.store.put(node.key, content.copy())
+
+    def _idle(self) -> list[TokenEvent]:
+        """Nothing can be computed: if pages are being read that a sequence waits for, gives them time."""
+        if self.scheduler.waits_for_store:
+            time.sleep(STORE_PATIENCE)
+        return []
+
+    def _time(self, batch: Batch, drawn: list[list[Drawn]], seconds: float) -> None:
+        """Tells the drafter what a step that only decodes has cost and gained."""
+        if self.drafter is not None and all(chunk.decodes for chunk in batch.chunks):
+            self.drafter.depth.stepped(sum(chunk.num_rows for chunk in batch.chunks), seconds)
+            for chunk, tokens in zip(batch.chunks, drawn, strict=True):
+                self.drafter.depth.verified(len(chunk.drafts), len(tokens) - 1)
 
     def fail_step(self, message: str) -> list[TokenEvent]:
         """After a step that raised: ends the sequences it was computing with error events; the others go on."""
+        self._computed = None
         return self.scheduler.fail(self.batch, message)
 
-    def add(self, tokens: list[int], params: SamplingParams, *, logits: bool = False) -> Sequence:
-        """Queues a prompt. Raises RequestError or QueueFull. With `logits`, seq.logits collects those of the prompt."""
+    def add(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        *,
+        logits: bool = False,
+        salt: str | None = None,
+        timeout: float | None = None,
+    ) -> Sequence:
+        """Queues a prompt. Raises RequestError or QueueFull. With `logits`, seq.logits collects those of the prompt.
+        Prefixes are shared among sequences of one `salt`. After `timeout` seconds the sequence ends with an error."""
         self._check(tokens, params)
-        seq = Sequence(list(tokens), params, len(tokens), logits=[] if logits else None)
+        seq = Sequence(list(tokens), params, len(tokens), salt=salt, logits=[] if logits else None)
+        if params.prompt_logprobs is not None:
+            seq.prompt_logprobs = []
+        if timeout is not None:
+            seq.deadline = time.monotonic() + timeout
+        self.sampler.prepare(seq)
         self.scheduler.add(seq)
         return seq
+
+    def add_all(self, tokens: list[int], params: SamplingParams, **options: Any) -> list[Sequence]:
+        """Queues a prompt params.n times, all or none; each draws from a seed of its own."""
+        added: list[Sequence] = []
+        try:
+            for i in range(params.n):
+                seed = None if params.seed is None else (params.seed + i) % 2**64
+                added.append(self.add(tokens, replace(params, n=1, seed=seed), **options))
+        except UserError:
+            for seq in added:
+                self.abort(seq)
+            raise
+        return added
 
     def _check(self, tokens: list[int], params: SamplingParams) -> None:
         vocab = self.model_config.vocab_size
@@ -132,6 +200,10 @@ class Engine:
         """Ends a sequence and frees its pages; nothing more is heard of it."""
         self.scheduler.abort(seq)
 
+    def flush_cache(self) -> None:
+        """Forgets the prefixes that no running sequence uses. Pages in the page store stay."""
+        self.scheduler.cache.clear()
+
     @property
     def context_length(self) -> int:
         return self.scheduler.stopping.context_length
@@ -146,9 +218,13 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        """Whether step() has something to do."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self._computed)
 
     def close(self) -> None:
+        """Pages on their way to the disk get there."""
+        if self.store is not None:
+            self.store.close()
         self.tiers.close()
         self.pool.close()
 
@@ -166,7 +242,8 @@ class Engine:
         machine = hardware.probe(gpu=config.device != "cpu")
         path = config.kt_weight_path
         store = ExpertStore(path) if path is not None and is_store(path) else None
-        source = ModelWeights(model_config, config.model, experts=store or path, report=progress)
+        mtp = config.draft_depth > 0 and model_config.num_nextn_predict_layers > 0
+        source = ModelWeights(model_config, config.model, experts=store or path, mtp=mtp, report=progress)
         try:
             config, notes = config.resolve(
                 model_config,
@@ -192,15 +269,10 @@ class Engine:
     ) -> Engine:
         model_config, dtype = source.config, getattr(torch, config.dtype)
         recorder = _recorder(config, model_config)
-        slot_of = _placement(config, model_config)
+        slot_of = starting_slots(config, model_config)
         on_device = int(slot_of.max()) + 1
-        if config.kt_enable_dynamic_expert_update and not on_device:
-            raise ConfigError(
-                "--kt-enable-dynamic-expert-update moves experts into the device's slots, and there are none. Raise "
-                "--kt-num-gpu-experts or --kt-gpu-experts-ratio."
-            )
-        memory = _memory(config, source, layout, machine, on_device)
-        context_length = _context_length(config, model_config, memory.kv_tokens)
+        memory = sizing.plan(config, source, layout, machine, on_device)
+        context_length = sizing.context_length(config, model_config, memory.kv_tokens)
         for line in memory.report():
             log.info(line)
 
@@ -210,129 +282,59 @@ class Engine:
             raise UserError(f"{error}.") from error
         log.info("%s: host experts %s on %d threads, ISA %s", machine.cpu, config.kt_method, pool.threads, pool.isa)
         if pool.nodes:
-            log.info(_where_experts_live(pool, mapped=memory.needs.mapped))
-        model = GLM5(model_config, source.getter(dtype, config.device))
+            log.info(where_experts_live(pool, mapped=memory.needs.mapped))
+        weights = source.getter(dtype, config.device)
+        model = GLM5(model_config, weights)
         experts = source.experts(layout, mapped=memory.needs.mapped, on_device=on_device)
-        tiers = load_tiers(source, experts, slot_of, device=config.device, pool=pool, copies=config.moves_experts)
+        by_layer = dict(zip(model_config.moe_layers, slot_of, strict=True))
+        tiers = load_tiers(source, experts, by_layer, device=config.device, pool=pool, copies=config.moves_experts)
         tiers.recording = Recording(recorder, RoutingCounts(len(slot_of), slot_of.shape[1], config.device))
         tiers.deferred = config.kt_max_deferred_experts_per_token
         if config.moves_experts:
-            _set_up_moves(tiers, config, model_config, _costs(config, layout))
+            set_up_moves(tiers, config, model_config, layout)
         cache = Cache.allocate(
-            model_config, memory.kv_tokens, dtype=getattr(torch, config.kv_cache_dtype), device=config.device
+            model_config,
+            memory.kv_tokens,
+            dtype=config.kv_cache_dtype,
+            device=config.device,
+            mtp=config.draft_depth > 0,
         )
-        pages = PagePool(memory.kv_tokens // config.page_size, config.page_size)
+        tensors = BatchTensors(config, sizing.most_rows(config), context_length)
+        runner = Runner(model, tiers, cache, tensors)
+        store = _page_store(config, source, cache)
+        prefixes = PrefixCache(
+            PagePool(memory.kv_tokens // config.page_size, config.page_size),
+            enabled=not config.disable_radix_cache,
+            key=store and store.key,
+        )
         stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
-        runner = Runner(model, tiers, cache, config.page_size)
-        return cls(config, runner, Scheduler(config, pages, stopping), tiers, pool, recorder)
+        sampler = Sampler(model_config.eos_token_ids, tokenizer, model_config.vocab_size)
+        scheduler = Scheduler(config, prefixes, stopping, store, sampler.forget)
+        engine = cls(config, runner, scheduler, sampler, tiers, recorder)
+        engine.pool, engine.store = pool, store
+        if config.draft_depth:
+            layer = {model_config.num_hidden_layers: np.full(model_config.n_routed_experts, -1)}
+            own = load_tiers(source, experts, layer, device=config.device, pool=pool)
+            engine.drafter = Drafter(MTP(model, weights), own, cache, tensors, DraftDepth(config.draft_depth))
+        return engine
+
+
+def _page_store(config: EngineConfig, source: ModelWeights, cache: Cache) -> PageStore | None:
+    if not config.kv_host_size and config.kv_disk_path is None:
+        return None
+    disk = None if config.kv_disk_path is None else Path(config.kv_disk_path)
+    gib = KV_DISK_GIB if config.kv_disk_size is None else config.kv_disk_size
+    decides = (config.dtype, config.kv_cache_dtype, config.kt_method, config.page_size, config.draft_depth > 0)
+    settings = (*decides, config.latent_norm_eps, config.kt_max_deferred_experts_per_token)
+    return PageStore(
+        source.fingerprint() + repr(settings).encode(),
+        cache.page_bytes(config.page_size),
+        host_bytes=int(config.kv_host_size * GIB),
+        disk=disk,
+        disk_bytes=int(gib * GIB) if disk is not None else 0,
+    )
 
 
 def _recorder(config: EngineConfig, model: ModelConfig) -> DistributionRecorder:
     masks = config.expert_distribution_recorder_buffer_size if config.record_kt_gpu_expert_distribution else None
     return DistributionRecorder(model, config.expert_distribution_recorder_dir, masks)
-
-
-def _costs(config: EngineConfig, layout: ExpertLayout) -> Costs:
-    """Of both tiers; on a CPU they are the same cores, one after the other, so that no copy pays."""
-    if config.device == "cpu":
-        curve = Curve.roofline(SAME_MEMORY, SAME_CORES, layout.bits_per_weight)
-        return Costs(layout.blob_bytes, curve, curve, link=NO_LINK)
-    profile = None if config.kt_profile is None else Path(config.kt_profile)
-    return costs_here(profile, layout, config.kt_cpuinfer, config.kt_numa_nodes or ())
-
-
-def _set_up_moves(tiers: ExpertTiers, config: EngineConfig, model: ModelConfig, costs: Costs) -> None:
-    pin(tiers)
-    if config.kt_enable_dynamic_expert_update:
-        adapt(tiers, Adaptive(tiers.slot_of.numpy(force=True), costs))
-    flag = config.kt_gpu_prefill_token_threshold
-    if flag == "auto":
-        resident = float((tiers.slot_of >= 0).float().mean())
-        rows = threshold(costs, model.num_experts_per_tok, np.ones(model.n_routed_experts), resident)
-        log.info("--kt-gpu-prefill-token-threshold auto: %s", "never" if rows is None else f"{rows} tokens")
-    else:
-        rows = int(flag) or None
-    if rows is not None:
-        if rows > _most_rows(config):
-            log.warning(
-                "--kt-gpu-prefill-token-threshold %s: no step has %d tokens, so none is divided; raise "
-                "--chunked-prefill-size %d", flag, rows, config.chunked_prefill_size,
-            )  # fmt: skip
-        divide_prefills(tiers, rows, costs)
-
-
-def _where_experts_live(pool: HostPool, *, mapped: bool) -> str:
-    pairs = zip(pool.nodes, pool.node_threads, strict=True)
-    nodes = "NUMA nodes " + ", ".join(f"{node} ({threads} threads)" for node, threads in pairs)
-    if mapped:
-        return f"{nodes}: the host experts stay in files, so the kernel places their pages; they are not divided"
-    if not all(map(_C.binds_memory, pool.nodes)):
-        return f"{nodes}: the kernel refuses to bind memory to them here, so host experts lie where it puts them"
-    return f"{nodes}: each host expert is divided over them" if len(pool.nodes) > 1 else f"{nodes}: all host experts"
-
-
-def _placement(config: EngineConfig, model: ModelConfig) -> np.ndarray:
-    """slot_of [MoE layers, experts] for the strategy and budget that the flags name."""
-    layers, experts = len(model.moe_layers), model.n_routed_experts
-    budget = config.kt_num_gpu_experts * layers
-    if config.kt_gpu_experts_ratio is not None:
-        budget = int(config.kt_gpu_experts_ratio * layers * experts)
-    counts = None
-    if config.init_expert_location is not None:
-        counts = load_counts(config.init_expert_location, model)
-    return slots(place(config.kt_expert_placement_strategy, layers, experts, budget, counts))
-
-
-def _memory(
-    config: EngineConfig, source: ModelWeights, layout: ExpertLayout, machine: hardware.Hardware, on_device: int
-) -> MemoryPlan:
-    model, gpu = source.config, config.device == "cuda"
-    needs = Needs(
-        dense=dense_bytes(model, getattr(torch, config.dtype)),
-        expert=layout.blob_bytes,
-        device_experts=on_device,
-        host_experts=len(model.moe_layers) * model.n_routed_experts - on_device,
-        activations=activation_bytes(model, getattr(torch, config.dtype), _most_rows(config)),
-        kv_token=cache_bytes_per_token(model, getattr(torch, config.kv_cache_dtype)),
-        mapped=config.kt_weight_mode == "mmap",
-        copies=config.moves_experts,
-        staging=STAGES if config.divides_prefills else 0,
-        pinned=_pinned_bytes(config, model) if gpu else 0,
-    )
-    limits = Limits(
-        device=machine.gpu_free if gpu else machine.ram_available,
-        host=machine.ram_available,
-        shared=not gpu,
-        fraction=config.mem_fraction_static,
-        nodes=tuple(machine.numa[node].ram_available for node in config.kt_numa_nodes or ()),
-    )
-    pool = config.max_total_tokens or config.context_length or 1
-    mappable = source.mappable and config.kt_weight_mode == "auto" and not config.moves_experts
-    if mappable and not host_experts_fit(needs, limits, tokens=pool, page=config.page_size):
-        log.info("the host experts do not fit in memory: they stay in the store's files and are read as they are used")
-        needs = replace(needs, mapped=True)
-    context = config.context_length or model.max_position_embeddings
-    most = -(-context // config.page_size) * config.page_size * config.max_running_requests
-    return plan_memory(needs, limits, wanted_tokens=config.max_total_tokens, most_tokens=most, page=config.page_size)
-
-
-def _pinned_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    itemsize = getattr(torch, config.dtype).itemsize
-    return HostStream.pinned_bytes(_most_rows(config), model.hidden_size, model.num_experts_per_tok, itemsize)
-
-
-def _most_rows(config: EngineConfig) -> int:
-    return config.chunked_prefill_size + config.max_running_requests
-
-
-def _context_length(config: EngineConfig, model: ModelConfig, pool: int) -> int:
-    """What was asked for must fit into the pool; what was not is lowered to it, and told."""
-    if config.context_length is not None and config.context_length > pool:
-        raise UserError(
-            f"--context-length is {config.context_length}, but the KV pool holds {pool} tokens. Raise "
-            "--max-total-tokens or --mem-fraction-static, or lower --context-length."
-        )
-    wanted = config.context_length or model.max_position_embeddings
-    if wanted > pool:
-        log.info("context length %d of the model's %d: that is what the KV pool holds", pool, wanted)
-    return min(wanted, pool)

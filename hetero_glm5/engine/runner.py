@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_glm5.core import Batch
-from hetero_glm5.engine.batch import to_rows
+from hetero_glm5.core import Batch, Chunk
+from hetero_glm5.engine.batch import BatchTensors
+from hetero_glm5.engine.sampler import prompt_logprobs
+from hetero_glm5.engine.speculative import Computed
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.moe import Experts
 from hetero_glm5.model.state import Cache, Clocked
 
+FEW_ROWS = 256  # whose logits over the whole vocabulary are held at once
+
 
 class Runner:
-    def __init__(self, model: GLM5, experts: Experts, cache: Cache, page_size: int):
-        self.model, self.experts, self.cache, self.page_size = model, experts, cache, page_size
+    """`computed` is what the latest step computed."""
+
+    def __init__(self, model: GLM5, experts: Experts, cache: Cache, tensors: BatchTensors):
+        self.model, self.experts, self.cache, self.tensors = model, experts, cache, tensors
         self.device = str(model.lm_head.device)
+        self.computed: Computed | None = None
 
     def wait(self) -> None:
         """Until the device has done what it was asked to."""
@@ -24,12 +32,54 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, clock: Clocked) -> Tensor:
-        """fp32 [chunks that draw, vocab], in the batch's order; also fills seq.logits where it is asked for."""
-        rows = to_rows(batch, self.page_size, self.device, clock)
+        """fp32 [rows that draw, vocab], in the batch's order; also fills seq.logits and seq.prompt_logprobs where they
+        are asked for."""
+        self._fill_pages(batch)
+        if not batch.chunks:
+            return self.model.lm_head.new_empty(0, len(self.model.lm_head), dtype=torch.float32)
+        rows = self.tensors.rows(batch, clock)
         hidden = self.model.forward(rows, self.cache, self.experts)
+        self.computed = Computed.of(batch, rows, hidden)
         with clock("lm_head"):
+            draws = []
             for chunk, segment in zip(batch.chunks, rows.segments, strict=True):
-                if chunk.seq.logits is not None:
-                    chunk.seq.logits.append(self.model.logits(hidden[segment.rows]).cpu())
-            last = [s.stop - 1 for c, s in zip(batch.chunks, rows.segments, strict=True) if c.samples]
-            return self.model.logits(hidden[last])
+                if chunk.seq.reads_prompt:
+                    self._read(chunk, hidden[segment.rows])
+                draws += range(segment.stop - chunk.num_draws, segment.stop)
+            return self.model.logits(hidden[draws])
+
+    def _fill_pages(self, batch: Batch) -> None:
+        if batch.restored:
+            pages, contents = zip(*batch.restored, strict=True)
+            self.cache.write_pages(list(pages), torch.from_numpy(np.stack(contents)))
+        if batch.copies:
+            size = self.tensors.page_size
+            self.cache.copy_slots([(c.source * size, c.target * size, c.count) for c in batch.copies])
+
+    @torch.inference_mode()
+    def read_pages(self, pages: list[int]) -> Tensor:
+        """uint8 [pages, bytes of a page], on the CPU."""
+        return self.cache.read_pages(pages, self.tensors.page_size).cpu()
+
+    def _read(self, chunk: Chunk, hidden: Tensor) -> None:
+        """What is wanted of every position of a prompt. hidden [rows of the chunk, hidden]."""
+        seq = chunk.seq
+        if seq.logits is not None:
+            seq.logits.append(self.model.logits(hidden).cpu())
+        if seq.prompt_logprobs is not None and seq.params.prompt_logprobs is not None:
+            following = torch.tensor(seq.tokens[chunk.start + 1 : seq.num_prompt][: len(hidden)], device=hidden.device)
+            for few, next_few in zip(hidden[: len(following)].split(FEW_ROWS), following.split(FEW_ROWS), strict=True):
+                logits = self.model.logits(few)
+                seq.prompt_logprobs += prompt_logprobs(logits, next_few, seq.params.prompt_logprobs)
+
+    @torch.inference_mode()
+    def unsound(self, batch: Batch) -> list[int]:
+        """The chunks with rows whose hidden states are not finite. Rows that draw are not looked at: the sampler sees
+        their logits."""
+        if self.computed is None or all(chunk.num_draws == chunk.num_rows for chunk in batch.chunks):
+            return []
+        finite = self.computed.hidden.isfinite().all(-1).tolist()
+        if all(finite):
+            return []
+        segments = [segment.rows for segment in self.computed.rows.segments]
+        return [i for i, rows in enumerate(segments) if not all(finite[rows])]

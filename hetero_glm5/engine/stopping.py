@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hetero_glm5.core import FinishReason, Sequence, TokenEvent
+from hetero_glm5.core import Drawn, FinishReason, Sequence, TokenEvent
 
 
 class TextStream(Protocol):
@@ -39,9 +39,9 @@ class Stopping:
         self.eos, self.context_length, self.tokenizer = frozenset(eos), context_length, tokenizer
         self._shown: dict[int, _Shown] = {}
 
-    def event(self, seq: Sequence) -> TokenEvent:
-        """Judges the token just appended to `seq`."""
-        token = seq.tokens[-1]
+    def event(self, seq: Sequence, drawn: Drawn) -> TokenEvent:
+        """Judges the token just drawn and appended to `seq`."""
+        token = drawn.token
         reason = self._end_token(seq, token)
         text = ""
         if self.tokenizer is not None:
@@ -51,7 +51,7 @@ class Stopping:
                 reason = self._stop_string(seq, shown) or self._length(seq)
             text = self._show(seq, shown, reason)
         reason = reason or self._length(seq)
-        return TokenEvent(seq, token, text, reason)
+        return TokenEvent(seq, token, text, reason, drawn=drawn)
 
     def forget(self, seq: Sequence) -> None:
         self._shown.pop(seq.id, None)

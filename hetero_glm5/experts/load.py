@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,18 +27,17 @@ from hetero_glm5.weights.quantize import PackedExperts
 def load_tiers(
     source: ModelWeights,
     experts: ExpertSource,
-    slot_of: np.ndarray,
+    slots: Mapping[int, np.ndarray],
     *,
     device: str,
     pool: HostPool,
     copies: bool = False,
 ) -> ExpertTiers:
-    """Takes every routed expert once, to where slot_of [MoE layers, experts] puts it. The host keeps a copy of those on
-    the device only with `copies`, which experts that move need."""
-    layout = experts.layout
+    """Takes every routed expert of the model's layers `slots` once, to where slots[layer] [experts] puts it, -1 = the
+    host. The host keeps a copy of those on the device only with `copies`, which experts that move need."""
+    layout, layers, slot_of = experts.layout, list(slots), np.stack([*slots.values()])
     tier = GpuExperts(layout, int(slot_of.max(initial=-1)) + 1, device)
     ids = range(slot_of.shape[1])
-    layers: Sequence[int] = [i for i in source.layers if source.config.is_sparse(i)]
     host: dict[int, CpuExperts] = {}
 
     def place(packed: PackedExperts, index: int, expert: int) -> None:

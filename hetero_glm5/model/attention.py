@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_glm5.model.indexer import Indexer, Selection
-from hetero_glm5.model.state import Cache, Rows, Weights
+from hetero_glm5.model.indexer import Indexer
+from hetero_glm5.model.state import Cache, Selection, Step, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 
@@ -22,50 +22,63 @@ class Attention:
     def __init__(self, config: ModelConfig, weights: Weights, layer: int, prefix: str):
         c = self.config = config
         self.layer = layer
-        self.q_a = weights(f"{prefix}q_a_proj.weight")  # [q_lora, hidden]
+        self.indexer = Indexer(c, weights, f"{prefix}indexer.") if c.has_indexer(layer) else None
+        names, self.sizes = ["kv_a_proj_with_mqa", "q_a_proj"], [c.latent_dim, 0, c.q_lora_rank, 0]
+        if self.indexer is not None:
+            names = ["kv_a_proj_with_mqa", "indexer.wk", "q_a_proj", "indexer.weights_proj"]
+            self.sizes = [c.latent_dim, c.index_head_dim, c.q_lora_rank, c.index_n_heads]
+        # All that x is multiplied by as one matrix [sum of sizes, hidden]; what becomes keys comes first.
+        self.down = torch.cat([weights(f"{prefix}{name}.weight") for name in names])
         self.q_norm = weights(f"{prefix}q_a_layernorm.weight")
         self.q_b = weights(f"{prefix}q_b_proj.weight")  # [H·(nope + rope), q_lora]
-        self.kv_a = weights(f"{prefix}kv_a_proj_with_mqa.weight")  # [c + rope, hidden]
         self.kv_norm = weights(f"{prefix}kv_a_layernorm.weight")
         kv_b = weights(f"{prefix}kv_b_proj.weight").view(c.num_attention_heads, -1, c.kv_lora_rank)
         w_uk, w_uv = kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         self.w_uk, self.w_uv = w_uk.contiguous(), w_uv.contiguous()  # [H, nope, c] [H, v, c]; bmm is slow on views
         self.o = weights(f"{prefix}o_proj.weight")  # [hidden, H·v]
-        self.indexer = Indexer(c, weights, f"{prefix}indexer.") if c.has_indexer(layer) else None
 
-    def __call__(
-        self, x: Tensor, rows: Rows, cache: Cache, rotation: tuple[Tensor, Tensor], selection: Selection | None
-    ) -> tuple[Tensor, Selection]:
+    def __call__(self, x: Tensor, step: Step, cache: Cache, selection: Selection) -> tuple[Tensor, Selection]:
         """x [T, hidden], normed. Returns the attention output [T, hidden] and the selection this layer used: its own
         if it has an indexer, else the one passed in."""
-        c, pool = self.config, cache.latent[self.layer]
-        q_latent = ops.rms_norm(F.linear(x, self.q_a), self.q_norm, c.latent_norm_eps)  # [T, q_lora]
+        c = self.config
+        kv, index_key, q_latent, head_weights = F.linear(x, self.down).split(self.sizes, -1)
+        self._write(kv, index_key, step, cache)
+
+        q_latent = ops.rms_norm(q_latent, self.q_norm, c.latent_norm_eps)  # [T, q_lora]
         q = F.linear(q_latent, self.q_b).view(len(x), c.num_attention_heads, c.qk_head_dim)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)  # [T, H, nope] [T, H, rope]
-
-        latent, k_rope = F.linear(x, self.kv_a).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)  # [T, c] [T, rope]
-        latent = ops.rms_norm(latent, self.kv_norm, c.latent_norm_eps)
-        pool[rows.slots] = torch.cat((latent, ops.rope(k_rope, *rotation)), -1).to(pool.dtype)
-
-        if self.indexer is not None:
-            with rows.clock("indexer"):
-                selection = self.indexer.select(x, q_latent, rows, rotation, cache.index[self.layer])
+        if self.indexer is not None and step.sparse:
+            with step.rows.clock("indexer"):
+                selection = self.indexer.select(q_latent, head_weights, step, cache.index[self.layer])
 
         absorbed = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)  # [T, H, c]
-        mixed = self._attend(torch.cat((absorbed, ops.rope(q_rope, *rotation)), -1), rows, pool, selection)
+        mixed = self._attend(torch.cat((absorbed, ops.rope(q_rope, step.rotation)), -1), step, cache, selection)
         out = torch.bmm(mixed.transpose(0, 1), self.w_uv.transpose(1, 2)).transpose(0, 1)  # [T, H, v]
         return F.linear(out.flatten(1), self.o), selection
 
-    def _attend(self, q: Tensor, rows: Rows, pool: Tensor, selection: Selection) -> Tensor:
-        """q [T, H, c + r] → Σ p·latent [T, H, c], one sequence at a time."""
+    def remember(self, x: Tensor, step: Step, cache: Cache) -> None:
+        """Only caches the rows' keys. x [T, hidden], normed."""
+        sizes = self.sizes[:2]
+        self._write(*F.linear(x, self.down[: sum(sizes)]).split(sizes, -1), step, cache)
+
+    def _write(self, kv: Tensor, index_key: Tensor, step: Step, cache: Cache) -> None:
+        """kv [T, c + r] and index_key [T, index_head_dim], as projected."""
         c = self.config
+        latent, k_rope = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)  # [T, c] [T, rope]
+        latent = ops.rms_norm(latent, self.kv_norm, c.latent_norm_eps)
+        cache.latent[self.layer].write(step.rows.slots, torch.cat((latent, ops.rope(k_rope, step.rotation)), -1))
+        if self.indexer is not None:
+            with step.rows.clock("indexer"):
+                cache.index[self.layer].write(step.rows.slots, self.indexer.key(index_key, step.rotation))
+
+    def _attend(self, q: Tensor, step: Step, cache: Cache, selection: Selection) -> Tensor:
+        """q [T, H, c + r] → Σ p·latent [T, H, c]."""
+        c, read = self.config, cache.latent[self.layer].read
         mixed = q.new_empty(*q.shape[:2], c.kv_lora_rank)
-        for segment, chosen in zip(rows.segments, selection, strict=True):
-            r = segment.rows
-            if chosen is None:
-                context = pool[segment.context]
-                mixed[r] = ops.attend_dense(q[r], context, c.softmax_scale, c.kv_lora_rank)
-            else:
-                slots = torch.where(chosen < 0, -1, segment.context[chosen.clamp(min=0)])
-                mixed[r] = ops.attend_selected(q[r], pool, slots, c.softmax_scale, c.kv_lora_rank)
+        for dense in step.dense:
+            queries = q[dense.rows].view(*dense.shape, *q.shape[1:])
+            attended = ops.attend_dense(queries, read, (dense.context, dense.hidden), c.softmax_scale, c.kv_lora_rank)
+            mixed[dense.rows] = attended.flatten(0, 1)
+        for sparse, slots in zip(step.sparse, selection, strict=True):
+            mixed[sparse.rows] = ops.attend_selected(q[sparse.rows], read, slots, c.softmax_scale, c.kv_lora_rank)
         return mixed

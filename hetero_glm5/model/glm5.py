@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hetero_glm5.model.layers import Layer
 from hetero_glm5.model.moe import Experts
-from hetero_glm5.model.state import Cache, Rows, Weights
+from hetero_glm5.model.state import Cache, Rows, Step, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 
@@ -23,10 +23,9 @@ class GLM5:
     def forward(self, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
         """Hidden states after the final norm, [T, hidden]; writes the rows' keys to the cache."""
         x = F.embedding(rows.token_ids, self.embedding)
-        rotation = ops.rope_table(rows.positions, self.config.qk_rope_head_dim, self.config.rope_theta)
-        selection = None
+        step, selection = Step.of(rows, self.config), []
         for layer in self.layers:
-            x, selection = layer(x, rows, cache, experts, (rotation, selection))
+            x, selection = layer(x, step, cache, experts, selection)
         return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

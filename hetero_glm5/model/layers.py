@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from hetero_glm5.model.attention import Attention
-from hetero_glm5.model.indexer import Selection
 from hetero_glm5.model.moe import DenseMLP, Experts, MoE
-from hetero_glm5.model.state import Cache, Rows, Weights
+from hetero_glm5.model.state import Cache, Selection, Step, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 from hetero_glm5.weights.names import layer_prefix
@@ -26,15 +25,16 @@ class Layer:
             self.mlp = DenseMLP(weights, f"{prefix}mlp.")
 
     def __call__(
-        self,
-        x: Tensor,
-        rows: Rows,
-        cache: Cache,
-        experts: Experts,
-        carried: tuple[tuple[Tensor, Tensor], Selection | None],
+        self, x: Tensor, step: Step, cache: Cache, experts: Experts, selection: Selection
     ) -> tuple[Tensor, Selection]:
-        """x [T, hidden]; `carried` is what layers share: the rotation table and the latest full layer's selection."""
-        with rows.clock("attention"):
-            attended, selection = self.attention(ops.rms_norm(x, self.input_norm, self.eps), rows, cache, *carried)
+        """x [T, hidden]; selection: the latest full layer's."""
+        with step.rows.clock("attention"):
+            normed = ops.rms_norm(x, self.input_norm, self.eps)
+            attended, selection = self.attention(normed, step, cache, selection)
         x = x + attended
-        return x + self.mlp(ops.rms_norm(x, self.post_norm, self.eps), rows, experts), selection
+        return x + self.mlp(ops.rms_norm(x, self.post_norm, self.eps), step.rows, experts), selection
+
+    def remember(self, x: Tensor, step: Step, cache: Cache) -> None:
+        """Only caches the rows' keys, from which nothing else of the layer follows. x [T, hidden]."""
+        with step.rows.clock("attention"):
+            self.attention.remember(ops.rms_norm(x, self.input_norm, self.eps), step, cache)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.layers import Layer
 from hetero_glm5.model.moe import Experts
-from hetero_glm5.model.state import Cache, Rows, Weights
+from hetero_glm5.model.state import Cache, Rows, Step, Weights
 from hetero_glm5.ops import reference as ops
 from hetero_glm5.weights.names import layer_prefix
 
@@ -33,9 +33,15 @@ class MTP:
     def forward(self, hidden: Tensor, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
         """m [T, hidden] from the model's hidden states [T, hidden] at the rows' positions; rows.token_ids are the
         *next* tokens t_{i+1}. Draft logits: model.logits(m)."""
+        y, _ = self.layer(self._z(hidden, rows), Step.of(rows, self.config), cache, experts, [])
+        return ops.rms_norm(y, self.norm, self.config.rms_norm_eps)
+
+    def remember(self, hidden: Tensor, rows: Rows, cache: Cache) -> None:
+        """Only caches the keys of rows that draft nothing: no attention, no experts. Arguments as for forward."""
+        self.layer.remember(self._z(hidden, rows), Step.of(rows, self.config), cache)
+
+    def _z(self, hidden: Tensor, rows: Rows) -> Tensor:
         eps = self.config.rms_norm_eps
         embedded = F.embedding(rows.token_ids, self.model.embedding)
         z = torch.cat((ops.rms_norm(embedded, self.enorm, eps), ops.rms_norm(hidden, self.hnorm, eps)), -1)
-        rotation = ops.rope_table(rows.positions, self.config.qk_rope_head_dim, self.config.rope_theta)
-        y, _ = self.layer(F.linear(z, self.eh_proj), rows, cache, experts, (rotation, None))
-        return ops.rms_norm(y, self.norm, eps)
+        return F.linear(z, self.eh_proj)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hetero_glm5.core import no_clock
+from hetero_glm5.model.key_store import KeyFormat, KeyStore, key_format, row_bytes
 from hetero_glm5.model_config import ModelConfig
-from hetero_glm5.ops.reference import BLOCK_ELEMENTS
+from hetero_glm5.ops import reference as ops
 
 Clocked = Callable[[str], AbstractContextManager[None]]  # core.Clock or core.no_clock
 Weights = Callable[[str], Tensor]  # a checkpoint's tensor by name, on the model's device and in its type
@@ -19,8 +23,8 @@ Weights = Callable[[str], Tensor]  # a checkpoint's tensor by name, on the model
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows start:stop of the step are the last of one sequence's S cached positions, which lie in cache slots `context`
-    [S]."""
+    """Rows start:stop of the step are the last of the S positions of one sequence, which lie in cache slots `context`
+    [S], from position 0 on."""
 
     start: int
     stop: int
@@ -43,30 +47,131 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """The KV pool: for each layer the latents with their rotated keys [slots, c + r], and, where the layer has an
-    indexer, its keys [slots, index_head_dim]. Slots hold anything until a row is written there."""
+class Dense:
+    """B consecutive segments of R rows each that attend to all they can see, taken together.
 
-    latent: list[Tensor]
-    index: list[Tensor | None]
+    context: int64 [B, S] cache slots, S the longest; a shorter one is filled up with its own first slot, which is
+    hidden there. hidden: bool [B, R, S], what a row does not see: the positions after its own; None: it sees all."""
+
+    rows: slice
+    shape: tuple[int, int]  # B, R
+    context: Tensor
+    hidden: Tensor | None
 
     @staticmethod
-    def allocate(config: ModelConfig, slots: int, *, dtype: torch.dtype, device: str, mtp: bool = False) -> Cache:
-        layers = range(config.num_hidden_layers + mtp)
+    def of(segments: list[Segment], positions: Tensor) -> Dense:
+        rows, count = slice(segments[0].start, segments[-1].stop), len(segments)
+        shape = count, (rows.stop - rows.start) // count
+        context = segments[0].context[None]
+        if shape == (1, 1):
+            return Dense(rows, shape, context, None)
+        if count > 1:
+            padded = pad_sequence([segment.context for segment in segments], batch_first=True, padding_value=-1)
+            context = torch.where(padded < 0, padded[:, :1], padded)
+        seen = torch.arange(context.shape[1], device=context.device)
+        return Dense(rows, shape, context, seen > positions[rows].view(*shape, 1))
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Consecutive segments with more positions than a row attends to, so that an indexer chooses."""
+
+    rows: slice
+    segments: list[Segment]
+
+
+Selection = list[Tensor]  # for each Sparse: the rows' cache slots, int64 [rows, index_topk], unused -1
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows with all that a model's layers share."""
+
+    rows: Rows
+    rotation: Tensor  # of ops.rotations
+    dense: list[Dense]
+    sparse: list[Sparse]
+
+    @staticmethod
+    def of(rows: Rows, config: ModelConfig) -> Step:
+        dense, sparse = [], []
+        for (long, *_), found in groupby(rows.segments, lambda segment: _kind(segment, config.index_topk)):
+            segments = list(found)
+            if long:
+                sparse.append(Sparse(slice(segments[0].start, segments[-1].stop), segments))
+            else:
+                dense.append(Dense.of(segments, rows.positions))
+        return Step(rows, ops.rotations(rows.positions, config.qk_rope_head_dim, config.rope_theta), dense, sparse)
+
+
+def _kind(segment: Segment, topk: int) -> tuple[bool, int, int]:
+    """Neighbours of one kind are computed together. The contexts of dense ones differ by less than a factor of two, so
+    that no more than half is filling; long ones are read row by row, so that theirs do not matter."""
+    if len(segment.context) > topk:
+        return True, 0, 0
+    return False, segment.stop - segment.start, len(segment.context).bit_length()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The KV pool: for each layer the latents with their rotated keys, and, where the layer has an indexer, its keys.
+    Page p is the slots from p·page_size on, in all of them."""
+
+    latent: list[KeyStore]
+    index: list[KeyStore | None]
+
+    @staticmethod
+    def allocate(config: ModelConfig, slots: int, *, dtype: str, device: str, mtp: bool = False) -> Cache:
+        """dtype: one of the names that config.KV_DTYPES settles on."""
+        latent, index = _formats(config, dtype, mtp)
         return Cache(
-            latent=[torch.empty(slots, config.latent_dim, dtype=dtype, device=device) for _ in layers],
-            index=[
-                torch.empty(slots, config.index_head_dim, dtype=dtype, device=device) if config.has_indexer(i) else None
-                for i in layers
-            ],
+            [KeyStore(format, slots, device) for format in latent],
+            [format and KeyStore(format, slots, device) for format in index],
         )
 
+    @property
+    def stores(self) -> list[KeyStore]:
+        return [*self.latent, *(store for store in self.index if store is not None)]
 
-def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype, mtp: bool = False) -> int:
-    """Bytes one cached token takes over all layers (GLM-5 in BF16: 109,824)."""
+    def page_bytes(self, page_size: int) -> int:
+        return page_size * sum(row_bytes(store.format) for store in self.stores)
+
+    def read_pages(self, pages: list[int], page_size: int) -> Tensor:
+        """uint8 [n, page_bytes] on the cache's device, a copy: of each page its slots in all layers' latents, then in
+        all layers' indexer keys."""
+        at = torch.tensor(pages, dtype=torch.int64, device=self.latent[0].rows.device)
+        return torch.cat([F.embedding(at, store.pages(page_size)) for store in self.stores], -1)
+
+    def write_pages(self, pages: list[int], data: Tensor) -> None:
+        """What read_pages gave, from any device, into `pages`, no two alike."""
+        device = self.latent[0].rows.device
+        at, data = torch.tensor(pages, dtype=torch.int64, device=device), data.to(device)
+        page_size = data.shape[1] // self.page_bytes(1)
+        views = [store.pages(page_size) for store in self.stores]
+        for view, part in zip(views, data.split([view.shape[1] for view in views], -1), strict=True):
+            view.index_copy_(0, at, part)
+
+    def copy_slots(self, pairs: list[tuple[int, int, int]]) -> None:
+        """Copies (first source slot, first target slot, how many); all are read before any is written."""
+        device = self.latent[0].rows.device
+        sources = torch.tensor([a + i for a, _, count in pairs for i in range(count)], dtype=torch.int64, device=device)
+        targets = torch.tensor([b + i for _, b, count in pairs for i in range(count)], dtype=torch.int64, device=device)
+        for store in self.stores:
+            store.rows.index_copy_(0, targets, store.rows.index_select(0, sources))
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype: str, mtp: bool = False) -> int:
+    """Bytes one cached token takes over all layers (GLM-5 in BF16: 109,824; dtype as for Cache.allocate)."""
+    latent, index = _formats(config, dtype, mtp)
+    return sum(row_bytes(format) for format in (*latent, *index) if format is not None)
+
+
+def _formats(config: ModelConfig, dtype: str, mtp: bool) -> tuple[list[KeyFormat], list[KeyFormat | None]]:
+    """Of the latents and of the indexer's keys, for each layer."""
     layers = range(config.num_hidden_layers + mtp)
-    values = sum(config.latent_dim + (config.index_head_dim if config.has_indexer(i) else 0) for i in layers)
-    return values * dtype.itemsize
+    latent = key_format(dtype, config.kv_lora_rank, config.qk_rope_head_dim)
+    index = key_format(dtype, config.index_head_dim, 0)
+    return [latent for _ in layers], [index if config.has_indexer(i) else None for i in layers]
 
 
 def activation_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:
@@ -74,4 +179,4 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:
     queries, mixed latents, each once more while they are made), and the blocks of ops.reference."""
     queries = config.num_attention_heads * (config.qk_head_dim + 2 * config.latent_dim + config.kv_lora_rank)
     hidden = 6 * config.hidden_size + 2 * config.intermediate_size
-    return rows * 2 * (queries + hidden) * dtype.itemsize + 4 * 4 * BLOCK_ELEMENTS
+    return rows * 2 * (queries + hidden) * dtype.itemsize + 4 * 4 * ops.BLOCK_ELEMENTS

@@ -26,20 +26,21 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of p·θ^(-2j/dim), fp32 [T, dim/2]; the angles are taken in fp64 (p reaches 10^6)."""
+def rotations(positions: Tensor, dim: int, theta: float) -> Tensor:
+    """exp(i·p·θ^(-2j/dim)), complex64 [T, dim/2]; the angles are taken in fp64 (p reaches 10^6)."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-    angles = positions.double()[:, None] * theta**-exponents
-    return angles.cos().float(), angles.sin().float()
+    angles = positions[:, None] * theta**-exponents
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates neighbouring pairs (x₂ⱼ, x₂ⱼ₊₁) of x [T, ..., dim] by row t's angles [T, dim/2]. Pairing the halves,
-    (x_j, x_{j+dim/2}), is another model's way, and goes unnoticed until the indexer starts to choose."""
-    shape = [x.shape[0], *[1] * (x.dim() - 2), -1]
-    cos, sin = cos.view(shape), sin.view(shape)
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+def rope(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates neighbouring pairs (x₂ⱼ, x₂ⱼ₊₁) of x [T, dim] or [T, heads, dim], each a complex number, by row t's
+    rotations [T, dim/2]. Pairing the halves, (x_j, x_{j+dim/2}), is another model's way, and goes unnoticed until the
+    indexer starts to choose."""
+    aligned = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # x may begin at an odd element
+    pairs = torch.view_as_complex(aligned.view(*x.shape[:-1], -1, 2))
+    pairs.mul_(rotation if x.dim() == 2 else rotation[:, None])
+    return aligned.to(x.dtype)
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -53,61 +54,68 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def index_scores(q: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
     """I[t,s] = Σ_h w[t,h] · relu(q[t,h] · k[s]), fp32 [T, S]; q [T, H, D], head_weights [T, H], keys [S, D]."""
     dots = F.relu(q.float() @ keys.float().T)  # [T, H, S]
-    return torch.einsum("th,ths->ts", head_weights.float(), dots)
+    return torch.bmm(head_weights.float()[:, None], dots).squeeze(1)
 
 
 def select_positions(q: Tensor, head_weights: Tensor, keys: Tensor, topk: int) -> Tensor:
     """For rows that are the last T of the S positions: the min(topk, p_t + 1) positions s ≤ p_t with the highest index
     score; int64 [T, topk], best first, unused slots -1. The row's own position is not forced in."""
-    keys = keys.float()
-    chosen = torch.full((q.shape[0], topk), -1, dtype=torch.int64, device=q.device)
-    for rows, future in _causal_blocks(q.shape[0], keys.shape[0], q.shape[1], q.device):
-        scores = index_scores(q[rows], head_weights[rows], keys[: future.shape[1]])
-        best = scores.masked_fill_(future, float("-inf")).topk(min(topk, future.shape[1]), dim=-1)
-        chosen[rows, : best.indices.shape[1]] = best.indices.masked_fill(best.values == float("-inf"), -1)
+    T, S = len(q), len(keys)
+    chosen = torch.full((T, topk), -1, dtype=torch.int64, device=q.device)
+    for a, b in _blocks(T, q.shape[1] * S):
+        end = S - T + b  # as far as the block can see
+        scores = index_scores(q[a:b], head_weights[a:b], keys[:end])
+        if b - a > 1:
+            positions = torch.arange(end, device=q.device)
+            scores.masked_fill_(positions > positions[a - b :, None], float("-inf"))
+        best = scores.topk(min(topk, end), dim=-1)
+        chosen[a:b, : best.indices.shape[1]] = best.indices.masked_fill(best.values == float("-inf"), -1)
     return chosen
 
 
-def _causal_blocks(T: int, S: int, heads: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """The last T of S positions in blocks: which rows, and a mask [rows, end] of what lies in each row's future, where
-    `end` is as far as the block can see."""
-    block = max(1, BLOCK_ELEMENTS // (heads * S))
-    for a in range(0, T, block):
-        b = min(a + block, T)
-        positions = torch.arange(S - T + a, S - T + b, device=device)
-        yield slice(a, b), torch.arange(S - T + b, device=device) > positions[:, None]
+def _blocks(count: int, elements: int) -> Iterator[tuple[int, int]]:
+    """0..count in pieces of at most BLOCK_ELEMENTS, `elements` to each of count."""
+    size = max(1, BLOCK_ELEMENTS // elements)
+    return ((a, min(a + size, count)) for a in range(0, count, size))
 
 
 # ---- absorbed multi-head latent attention ----------------------------------------------------------------------------
 
+Read = Callable[[Tensor], Tensor]  # cache slots int64 [...] → their rows, fp32 [..., c + r]
 
-def attend_dense(q: Tensor, context: Tensor, scale: float, latent: int) -> Tensor:
-    """Attention over all s ≤ p_t, for rows that are the last T of the S positions. q [T, H, c + r] (absorbed), context
-    [S, c + r] cached rows; returns [T, H, latent].
+
+def attend_dense(q: Tensor, read: Read, seen: tuple[Tensor, Tensor | None], scale: float, latent: int) -> Tensor:
+    """B sequences of R rows each, the last of their S positions. q [B, R, H, c + r] (absorbed); seen: the positions'
+    slots [B, S], and bool [B, R, S], which of them are hidden from a row, or None. Returns [B, R, H, latent].
 
     score = scale · q · row; the output mixes the rows' first `latent` columns."""
-    wide = context.float()
-    out = torch.empty(*q.shape[:2], latent, dtype=q.dtype, device=q.device)
-    for rows, future in _causal_blocks(q.shape[0], context.shape[0], q.shape[1], q.device):
-        seen = wide[: future.shape[1]]
-        scores = (q[rows].float() @ seen.T * scale).masked_fill_(future[:, None], float("-inf"))
-        out[rows] = (scores.softmax(-1) @ seen[:, :latent]).to(q.dtype)
-    return out
+    context, hidden = seen
+    (B, R, H, width), S = q.shape, context.shape[1]
+    out = torch.empty(B, R * H, latent, dtype=q.dtype, device=q.device)
+    queries = (q.float() * scale).view(B, R * H, width)
+    for first, last in _blocks(B, S * width):
+        seqs = slice(first, last)
+        rows = read(context[seqs])  # [b, S, c + r]
+        for a, b in _blocks(R, (last - first) * H * S):
+            end, t = S - R + b, slice(a * H, b * H)  # positions from `end` on are hidden from the whole block
+            scores = torch.bmm(queries[seqs, t], rows[:, :end].transpose(1, 2))  # [b, t·H, end]
+            if hidden is not None:
+                scores.view(-1, b - a, H, end).masked_fill_(hidden[seqs, a:b, None, :end], float("-inf"))
+            out[seqs, t] = torch.bmm(scores.softmax(-1), rows[:, :end, :latent])
+    return out.view(B, R, H, latent)
 
 
-def attend_selected(q: Tensor, context: Tensor, selection: Tensor, scale: float, latent: int) -> Tensor:
-    """Attention over each row's own positions: as attend_dense, with selection [T, k] into context, -1 unused; the
-    first of a row must be used. Rows of context that nobody selects are never read."""
+def attend_selected(q: Tensor, read: Read, selection: Tensor, scale: float, latent: int) -> Tensor:
+    """Each row of q [T, H, c + r] (absorbed) over slots of its own: selection [T, k], -1 unused, the first of a row
+    used. Returns [T, H, latent]. Slots that nobody selects are never read."""
     out = torch.empty(*q.shape[:2], latent, dtype=q.dtype, device=q.device)
-    block = max(1, BLOCK_ELEMENTS // (selection.shape[1] * context.shape[1]))
-    for a in range(0, q.shape[0], block):
-        b = a + block
+    for a, b in _blocks(len(q), selection.shape[1] * q.shape[2]):
         chosen = selection[a:b]
         unused = chosen < 0
-        rows = context[torch.where(unused, chosen[:, :1], chosen)].float()  # [t, k, c + r]
-        scores = torch.bmm(q[a:b].float(), rows.transpose(1, 2)) * scale  # [t, H, k]
+        rows = read(torch.where(unused, chosen[:, :1], chosen))  # [t, k, c + r]
+        scores = torch.bmm(q[a:b].float() * scale, rows.transpose(1, 2))  # [t, H, k]
         weights = scores.masked_fill_(unused[:, None], float("-inf")).softmax(-1)
-        out[a:b] = torch.bmm(weights, rows[:, :, :latent]).to(q.dtype)
+        out[a:b] = torch.bmm(weights, rows[..., :latent])
     return out
 
 

@@ -24,6 +24,12 @@ class Needs:
     copies: bool = False  # experts move, so those on the device keep their place on the host
     staging: int = 0  # further device slots, through which a divided prefill streams experts
     pinned: int = 0  # host memory for the rows of the host's calls
+    kept_pages: int = 0  # host memory for pages of the KV pool that may be used again
+
+    @property
+    def host_rest(self) -> int:
+        """Bytes of host memory beside the experts."""
+        return self.pinned + self.kept_pages
 
     @property
     def host_blobs(self) -> int:
@@ -65,10 +71,12 @@ class MemoryPlan:
             host.append(f"{n.device_experts} of them on the device too")
         if n.pinned:
             host.append(f"pinned rows {_gib(n.pinned)}")
+        if n.kept_pages:
+            host.append(f"kept KV pages {_gib(n.kept_pages)}")
         total = f"{_gib(used)} of {_gib(_budget(limits))} ({limits.fraction} of {_gib(limits.device)})"
         if limits.shared:
             return ["device tier: " + ", ".join(device), "host tier: " + ", ".join(host), f"both tiers: {total}"]
-        occupied = f"{_gib(n.host_bytes + n.pinned)} of {_gib(limits.host)}"
+        occupied = f"{_gib(n.host_bytes + n.host_rest)} of {_gib(limits.host)}"
         return [f"device tier: {', '.join(device)}; {total}", f"host tier: {', '.join(host)}; {occupied}"]
 
 
@@ -77,7 +85,7 @@ def host_experts_fit(needs: Needs, limits: Limits, *, tokens: int, page: int) ->
     if _share_of_a_node(needs, limits) > min(limits.nodes, default=0) * HOST_FRACTION:
         return False
     if not limits.shared:
-        return needs.host_bytes + needs.pinned <= limits.host * HOST_FRACTION
+        return needs.host_bytes + needs.host_rest <= limits.host * HOST_FRACTION
     return _fixed(needs, limits) + -(-tokens // page) * page * needs.kv_token <= _budget(limits)
 
 
@@ -86,12 +94,12 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
 
     Raises UserError when the weights or the wanted pool do not fit.
     """
-    room = max(int(limits.host * HOST_FRACTION) - needs.pinned, 0)
+    room = max(int(limits.host * HOST_FRACTION) - needs.host_rest, 0)
     if not limits.shared and needs.host_bytes > room:
-        pinned = f", less {_gib(needs.pinned)} of pinned rows," if needs.pinned else ""
+        rest = f", less {_gib(needs.host_rest)} of pinned rows and kept KV pages," if needs.host_rest else ""
         raise UserError(
             f"host memory: {_host_experts(needs)} = {_gib(needs.host_bytes)}, but only {HOST_FRACTION} of "
-            f"{_gib(limits.host)} available{pinned} may hold them, {_gib(room // needs.host_blobs)} for each. "
+            f"{_gib(limits.host)} available{rest} may hold them, {_gib(room // needs.host_blobs)} for each. "
             f"{_host_remedy(needs)}"
         )
     share, smallest = _share_of_a_node(needs, limits), min(limits.nodes, default=0)
@@ -111,6 +119,7 @@ def plan_memory(needs: Needs, limits: Limits, *, wanted_tokens: int | None, most
         parts = [
             *_device_parts(needs),
             *([host] if limits.shared and not needs.mapped else []),
+            *([f"kept KV pages {_gib(needs.kept_pages)}"] if limits.shared and needs.kept_pages else []),
             f"KV pool {_gib(wanted * needs.kv_token)} ({wanted} tokens x {needs.kv_token} B)",
         ]
         raise UserError(
@@ -131,7 +140,7 @@ def _budget(limits: Limits) -> int:
 def _fixed(needs: Needs, limits: Limits) -> int:
     """Bytes of the budget that the KV pool cannot have."""
     device = needs.dense + (needs.device_experts + needs.staging) * needs.expert + needs.activations
-    return device + (needs.host_bytes + needs.pinned if limits.shared else 0)
+    return device + (needs.host_bytes + needs.host_rest if limits.shared else 0)
 
 
 def _device_parts(needs: Needs) -> list[str]:

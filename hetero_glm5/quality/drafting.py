@@ -43,7 +43,8 @@ class Drafter:
             weights = source.getter(dtype, "cpu")
             self.model = GLM5(self.config, weights)
             self.mtp = MTP(self.model, weights)
-            host_only = np.full((len(self.config.moe_layers) + 1, self.config.n_routed_experts), -1)
+            layers = [*self.config.moe_layers, self.config.num_hidden_layers]
+            host_only = dict.fromkeys(layers, np.full(self.config.n_routed_experts, -1))
             experts = source.experts(source.layout(method))
             self.experts = load_tiers(source, experts, host_only, device="cpu", pool=self._pool)
         finally:
@@ -66,7 +67,9 @@ class Drafter:
         to ids[first + j] are known, `first` ≥ 1. Drafts beyond the end of `ids` are made too."""
         T, tokens = len(ids), torch.tensor(ids)
         starts = torch.arange(first - 1, T - 2)  # the positions of the hidden states that the first drafts come from
-        cache = Cache.allocate(self.config, T + depth * len(starts), dtype=self.dtype, device="cpu", mtp=True)
+        cache = Cache.allocate(
+            self.config, T + depth * len(starts), dtype=str(self.dtype).removeprefix("torch."), device="cpu", mtp=True
+        )
         hidden = self.model.forward(_whole(tokens), cache, self.experts)
         state = self.mtp.forward(hidden[:-1], _whole(tokens[1:]), cache, self.experts)[starts]
         drafts = [self.model.logits(state).argmax(-1)]

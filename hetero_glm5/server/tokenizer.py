@@ -134,6 +134,10 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
 
+    def to_str(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._tokenizer.to_str()
+
     def stream(self) -> TextStream:
         return TextStream(self)
 

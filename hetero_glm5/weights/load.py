@@ -6,6 +6,7 @@ checkpoint without being wanted; it is then neither needed nor read.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 
@@ -28,6 +29,7 @@ from hetero_glm5.weights.quantize import ExpertLayout
 
 Report = Callable[[LoadProgress], None]
 SECONDS_BETWEEN_REPORTS = 0.1
+SAMPLE_BYTES = 4096
 
 
 class ModelWeights:
@@ -110,6 +112,24 @@ class ModelWeights:
             return StoredExperts(self._experts)
         self.expert_bytes = on_device * layout.blob_bytes
         return MappedExperts(self._experts)
+
+    def fingerprint(self) -> bytes:
+        """A hash that changes with the weights: of each file's name, size and time, and of each dense tensor's type,
+        shape and first bytes."""
+        digest = hashlib.blake2b(digest_size=16)
+        entries = self._dense.entries
+        for name in sorted(set(entries) - set(self._routed)):
+            digest.update(f"{name} {entries[name].dtype} {entries[name].shape}".encode())
+            digest.update(self._dense.read_start(name, SAMPLE_BYTES))
+        paths = {entry.path for entry in entries.values()}
+        if isinstance(self._experts, ExpertStore):
+            paths |= {file.path for file in self._experts.files.values()}
+        else:
+            paths |= {entry.path for entry in self._experts.entries.values()}
+        for path in sorted(paths):
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.digest()
 
     @property
     def _bytes_read(self) -> int:

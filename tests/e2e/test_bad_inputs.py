@@ -88,7 +88,6 @@ FLAGS = {
     "a longer context than the pool": ({"context_length": 2000, "max_total_tokens": 512}, ["2000", "512 tokens"]),
     "a longer context than the model's": ({"context_length": 10**6}, ["1000000", "4096"]),
     "FP8 experts of another checkpoint": ({"kt_method": "FP8"}, ["FP8", "BF16"]),
-    "a format not built": ({"kv_cache_dtype": "fp8_e4m3"}, ["fp8_e4m3", "not built"]),
     "experts from nowhere": ({"kt_weight_path": "/nowhere"}, ["/nowhere", "neither"]),
     "counts from nowhere": (
         {"kt_expert_placement_strategy": "frequency", "init_expert_location": "/nowhere.pt"},

@@ -208,12 +208,15 @@ def test_an_error_on_a_stream_ends_the_step(folder, plain, standin):
     stream.destroy()
 
 
-def test_cache_slots_are_written_before_they_are_read(folder, plain):
-    with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, latent_norm_eps=LATENT_EPS) as llm:
-        cache = llm.engine.runner.cache
-        for pool in [*cache.latent, *cache.index]:
-            pool[:1024].fill_(float("nan"))
-        assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == plain
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8_e4m3"])
+def test_cache_slots_are_written_before_they_are_read(folder, plain, dtype):
+    want = generate(folder, kv_cache_dtype=dtype)
+    assert (want == plain) == (dtype == "float32")
+    flags = {"latent_norm_eps": LATENT_EPS, "kv_cache_dtype": dtype, "max_total_tokens": 512, "page_size": 8}
+    with LLM(folder, device="cpu", dtype="float32", skip_tokenizer=True, **flags) as llm:
+        for store in llm.engine.runner.cache.stores:
+            store.rows.view(torch.uint8).fill_(255)  # NaN in every format
+        assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == want
 
 
 @pytest.mark.parametrize("page", [1, 7, 256])

@@ -215,7 +215,7 @@ def test_the_mtp_layer(checkpoints):
         y = ops.experts(x, topk_ids, topk_weights, lambda e: read_expert(checkpoint, layer, e)[:3])
         return lambda: y
 
-    cache = Cache.allocate(config, 64, dtype=torch.float32, device="cpu", mtp=True)
+    cache = Cache.allocate(config, 64, dtype="float32", device="cpu", mtp=True)
     for chunk in (T, 7):
         got = []
         for a in range(0, T, chunk):

@@ -1,6 +1,6 @@
 import pytest
 
-from hetero_glm5.core import SamplingParams, Sequence
+from hetero_glm5.core import Drawn, SamplingParams, Sequence
 from hetero_glm5.engine.stopping import Stopping
 
 EOS = 0
@@ -36,7 +36,7 @@ def run(token_ids, tokenizer=Letters(), context_length=100, **params):  # noqa: 
     texts = []
     for token in token_ids:
         seq.tokens.append(token)
-        event = stopping.event(seq)
+        event = stopping.event(seq, Drawn(token))
         texts.append(event.text)
         if event.finish_reason:
             return texts, event.finish_reason

@@ -1,38 +1,24 @@
 """Layer by layer against the oracle, so that a difference in the logits can be traced to where it begins."""
 
-import dataclasses
-
 import pytest
-import shapes
 import torch
-from oracle import LATENT_EPS, oracle, random_ids
+from oracle import oracle, random_ids
 from tiny import tiny_checkpoint
+from tiny_model import load_model, rows_of
 
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.indexer import Indexer
-from hetero_glm5.model.state import Cache, Rows, Segment, cache_bytes_per_token
-from hetero_glm5.model_config import ModelConfig
-from hetero_glm5.ops import reference as ops
-from hetero_glm5.weights.checkpoint import Checkpoint
-from hetero_glm5.weights.expert_source import read_expert
-from hetero_glm5.weights.load import ModelWeights
+from hetero_glm5.model.state import Cache, Step
 
 T = 45
 IDS = torch.tensor(random_ids(T))
-ROWS = Rows(IDS, torch.arange(T), torch.arange(T), [Segment(0, T, torch.arange(T))])
+ROWS = rows_of(IDS, (0, T, 0))
 INDEX_SHARE = {"num_hidden_layers": 9, "index_topk_freq": 4, "index_skip_topk_offset": 3}
 
 
 def load(folder) -> tuple[GLM5, object, Cache]:
-    config = dataclasses.replace(ModelConfig.load(folder), latent_norm_eps=LATENT_EPS)
-    source, checkpoint = ModelWeights(config, str(folder)), Checkpoint(folder)
-
-    def experts(layer, x, ids, weights, clock):
-        y = ops.experts(x, ids, weights, lambda e: read_expert(checkpoint, layer, e)[:3])
-        return lambda: y
-
-    cache = Cache.allocate(config, T, dtype=torch.float32, device="cpu")
-    return GLM5(config, source.getter(torch.float32, "cpu")), experts, cache
+    model, _, experts = load_model(folder)
+    return model, experts, Cache.allocate(model.config, T, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("share", [{}, INDEX_SHARE])
@@ -48,10 +34,9 @@ def test_each_layers_output_and_selection(checkpoints, share):
     model, experts, cache = load(folder)
     c = model.config
     x = torch.nn.functional.embedding(IDS, model.embedding)
-    rotation = ops.rope_table(ROWS.positions, c.qk_rope_head_dim, c.rope_theta)
-    selection = None
+    step, selection = Step.of(ROWS, c), []
     for i, (layer, (want_x, want_selection)) in enumerate(zip(model.layers, seen, strict=True)):
-        x, selection = layer(x, ROWS, cache, experts, (rotation, selection))
+        x, selection = layer(x, step, cache, experts, selection)
         assert (x - want_x[0]).abs().max() <= 1e-4, f"layer {i}"
         for t in range(T):
             chosen = {s for s in selection[0][t].tolist() if s >= 0}
@@ -67,7 +52,7 @@ def test_a_half_split_indexer_would_choose_otherwise(checkpoints, monkeypatch):
     want = model.logits(model.forward(ROWS, cache, experts))
 
     def half_split(self, x, rotation):
-        cos, sin = (table.view(len(x), *[1] * (x.dim() - 2), -1) for table in rotation)
+        cos, sin = (table.view(len(x), *[1] * (x.dim() - 2), -1) for table in (rotation.real, rotation.imag))
         turned, rest = x.split([self.config.qk_rope_head_dim, x.shape[-1] - self.config.qk_rope_head_dim], -1)
         a, b = turned.chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
@@ -76,8 +61,3 @@ def test_a_half_split_indexer_would_choose_otherwise(checkpoints, monkeypatch):
     got = model.logits(model.forward(ROWS, cache, experts))
     assert (got - want)[: model.config.index_topk].abs().max() <= 1e-4
     assert (got - want).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize(("share", "size"), [({}, 109_824), (INDEX_SHARE | {"num_hidden_layers": 78}, 95_232)])
-def test_bytes_of_a_cached_token_are_glm5s(share, size):
-    assert cache_bytes_per_token(ModelConfig.parse(shapes.GLM5 | share), torch.bfloat16) == size

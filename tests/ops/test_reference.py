@@ -14,9 +14,13 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=rng(seed))
 
 
+def reader(context):
+    return lambda slots: context[slots]
+
+
 def test_rope_rotates_neighbouring_pairs():
     x, positions, theta = normal(5, 3, 8), torch.tensor([0, 1, 7, 100, 200_000]), 1e6
-    turned = ops.rope(x, *ops.rope_table(positions, 8, theta))
+    turned = ops.rope(x, ops.rotations(positions, 8, theta))
     for t, p in enumerate(positions.tolist()):
         for j in range(4):
             angle = p * theta ** (-2 * j / 8)
@@ -68,10 +72,11 @@ def test_absorbed_attention_equals_expanded(monkeypatch, block):
 
     absorbed = torch.cat((torch.einsum("thn,hnc->thc", q_nope, w_uk), q_rope), -1).float()
     context = torch.cat((latent, k_rope), -1).float()
-    everything = torch.where(torch.arange(S) > positions[:, None], -1, torch.arange(S))
+    hidden = torch.arange(S) > positions[:, None]
+    everything = torch.where(hidden, -1, torch.arange(S))
     for mixed in (
-        ops.attend_dense(absorbed, context, scale, c),
-        ops.attend_selected(absorbed, context, everything, scale, c),
+        ops.attend_dense(absorbed[None], reader(context), (torch.arange(S)[None], hidden[None]), scale, c)[0],
+        ops.attend_selected(absorbed, reader(context), everything, scale, c),
     ):
         got = torch.einsum("thc,hvc->thv", mixed.double(), w_uv)
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
@@ -80,9 +85,9 @@ def test_absorbed_attention_equals_expanded(monkeypatch, block):
 def test_unselected_positions_do_not_matter():
     q, context = normal(2, 3, 6), normal(8, 6, seed=1)
     selection = torch.tensor([[3, -1, -1], [7, 2, 4]])
-    want = ops.attend_selected(q, context, selection, 0.5, 4)
+    want = ops.attend_selected(q, reader(context), selection, 0.5, 4)
     context[[0, 1, 5, 6]] = float("nan")
-    assert torch.equal(ops.attend_selected(q, context, selection, 0.5, 4), want)
+    assert torch.equal(ops.attend_selected(q, reader(context), selection, 0.5, 4), want)
 
 
 def route_by_loop(logits, bias, topk, groups, scale, normalise):

@@ -131,7 +131,7 @@ def glm5(method: str, slots: int = 0, rows: int = 2064, **changes) -> Needs:
             "device_experts": slots,
             "host_experts": 75 * 256 - slots,
             "activations": activation_bytes(GLM, torch.bfloat16, rows),
-            "kv_token": cache_bytes_per_token(GLM, torch.bfloat16),
+            "kv_token": cache_bytes_per_token(GLM, "bfloat16"),
             "copies": slots > 0,
             **changes,
         }

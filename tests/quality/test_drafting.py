@@ -23,7 +23,7 @@ def drafter(checkpoints):
 def slowly(drafter: Drafter, known: list[int], depth: int) -> list[int]:
     """As a server would draft after `known`: everything anew, one MTP row after the other in one cache."""
     hidden, drafts = None, []
-    cache = Cache.allocate(drafter.config, len(known) + depth, dtype=torch.float32, device="cpu", mtp=True)
+    cache = Cache.allocate(drafter.config, len(known) + depth, dtype="float32", device="cpu", mtp=True)
 
     def row(position: int, token: int) -> Rows:
         at = torch.tensor([position])

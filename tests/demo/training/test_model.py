@@ -40,7 +40,7 @@ def test_the_mtp_layer_is_the_one_that_serves(tmp_path):
         y = ops.experts(x, topk_ids, topk_weights, lambda e: read_expert(checkpoint, layer, e)[:3])
         return lambda: y
 
-    cache = Cache.allocate(model, 64, dtype=torch.float32, device="cpu", mtp=True)
+    cache = Cache.allocate(model, 64, dtype="float32", device="cpu", mtp=True)
     rows = Rows(tokens, positions, torch.arange(T), [Segment(0, T, torch.arange(T))])
     want = MTP(GLM5(model, weights), weights).forward(hidden, rows, cache, experts)
     assert want.abs().max() > 1

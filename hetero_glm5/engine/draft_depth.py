@@ -1,0 +1,87 @@
+"""How many tokens to draft: as many as pay, by what has been measured. Plain Python.
+
+A step of R rows takes T(R) seconds; drafting the next token of S sequences takes D(S). With a_j, the share of j-th
+drafts that were right where those before them were, S sequences with d drafts each give S·(1 + a_1 + a_1·a_2 + …)
+tokens in T(S·(1 + d)) + d·D(S) seconds. The depth with the most tokens a second is used. Each quantity is an average
+that forgets; a depth that has not been tried counts as costing nothing more than the depth below it, so that it is
+tried; and once in PROBE steps a neighbouring depth is used, so that no figure grows stale.
+"""
+
+from __future__ import annotations
+
+PROBE = 50
+FORGET = 0.9  # what an average keeps of its past with each new value
+ACCEPT_FORGET = 0.98
+PRIOR = 0.7, 4.0  # of acceptance: mean, and how many observations that is worth
+
+
+class Average:
+    """Forgetting mean of what is observed."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def add(self, value: float) -> None:
+        self.value = value if self.value is None else FORGET * self.value + (1 - FORGET) * min(value, 4 * self.value)
+
+
+class DraftDepth:
+    """At most `most` drafts. Feed it every step that only decodes."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._rows: dict[int, Average] = {}  # T
+        self._drafts: dict[int, Average] = {}  # D
+        self._right = [PRIOR[0] * PRIOR[1]] * most
+        self._tried = [PRIOR[1]] * most
+        self._steps = 0
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """A step of so many rows, decoded and drafted ones, took so long."""
+        self._rows.setdefault(rows, Average()).add(seconds)
+
+    def drafted(self, sequences: int, depth: int, seconds: float) -> None:
+        """Drafting `depth` tokens for so many sequences took so long."""
+        self._drafts.setdefault(sequences, Average()).add(seconds / depth)
+
+    def verified(self, drafts: int, accepted: int) -> None:
+        """Of a sequence's drafts the first so many were right."""
+        for j in range(min(accepted + 1, drafts)):
+            self._tried[j] = ACCEPT_FORGET * self._tried[j] + 1
+            self._right[j] = ACCEPT_FORGET * self._right[j] + (j < accepted)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Of the drafts at each depth, the share that is right if those before are."""
+        return [right / tried for right, tried in zip(self._right, self._tried, strict=True)]
+
+    def choose(self, sequences: int) -> int:
+        """The depth for the next step, in which so many sequences decode."""
+        if not self.most:
+            return 0
+        self._steps += 1
+        best = max(range(self.most + 1), key=lambda depth: self.rate(sequences, depth))
+        if self._steps % PROBE == 0:
+            return min(best + 1, self.most) if self._steps // PROBE % 2 and best < self.most else max(best - 1, 0)
+        return best
+
+    def rate(self, sequences: int, depth: int) -> float:
+        """Tokens a second at that depth, as far as known."""
+        run, tokens = 1.0, 1.0
+        for share in self.acceptance[:depth]:
+            run *= share
+            tokens += run
+        step = _at(self._rows, sequences * (1 + depth))
+        draft = _at(self._drafts, sequences) if depth else 0.0
+        return sequences * tokens / (step + depth * draft + 1e-9)
+
+
+def _at(measured: dict[int, Average], size: int) -> float:
+    """The measured value at `size`, interpolated; beyond what is measured, the nearest; 0 if nothing is."""
+    below = max((s for s in measured if s <= size), default=None)
+    above = min((s for s in measured if s >= size), default=None)
+    if below is None or above is None:
+        nearest = above if below is None else below
+        return 0.0 if nearest is None else measured[nearest].value or 0.0
+    low, high = measured[below].value or 0.0, measured[above].value or 0.0
+    return low if above == below else low + (high - low) * (size - below) / (above - below)

@@ -1,0 +1,107 @@
+"""Drafts the tokens that may come next, with the MTP layer.
+
+After a step the true hidden state of every computed position is known, and the token after it: from both the MTP layer
+makes its key for that position, for prompts and answers alike, so that prefixes that are reused can be drafted after.
+For a sequence that decodes, the last of these positions gives the first draft; each further one comes from the MTP
+layer's own output. The next step computes the drafts behind the drawn token and keeps those that the sampler draws too
+(scheduler.commit): what is drafted changes no token. Keys of drafts that were wrong are overwritten later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hetero_glm5.core import Batch, Sequence
+from hetero_glm5.engine.batch import BatchTensors
+from hetero_glm5.engine.draft_depth import DraftDepth
+from hetero_glm5.model.moe import Experts
+from hetero_glm5.model.mtp import MTP
+from hetero_glm5.model.state import Cache, Rows
+
+Grow = Callable[[Sequence, int], bool]  # gives a sequence pages for so many tokens, if there are any
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a step computed: for each of its chunks the sequence and the position of the first row; the rows; their
+    hidden states [T, hidden]."""
+
+    chunks: list[tuple[Sequence, int]]
+    rows: Rows
+    hidden: Tensor
+
+    @staticmethod
+    def of(batch: Batch, rows: Rows, hidden: Tensor) -> Computed:
+        return Computed([(chunk.seq, chunk.start) for chunk in batch.chunks], rows, hidden)
+
+
+class Drafter:
+    """`depth`: how many drafts pay. `grow`: the prefix cache's."""
+
+    def __init__(self, mtp: MTP, experts: Experts, cache: Cache, tensors: BatchTensors, depth: DraftDepth):
+        self.mtp, self.experts, self.cache, self.tensors, self.depth = mtp, experts, cache, tensors, depth
+
+    @torch.inference_mode()
+    def draft(self, step: Computed, grow: Grow, context_length: int) -> None:
+        """Sets `drafts` of the sequences that decode next. Call it after the step was committed, before the next is
+        scheduled."""
+        started = time.perf_counter()
+        last = self._remember(step)
+        seqs = [seq for seq in last if seq.decoding]
+        wanted = self.depth.choose(len(seqs)) if seqs else 0
+        todo = {}
+        for seq in seqs:
+            seq.drafts = ()
+            todo[seq] = min(wanted, _useful(seq, context_length))
+            if todo[seq] > 0 and not grow(seq, len(seq.tokens) - 1 + todo[seq]):
+                todo[seq] = 0
+        state = step.hidden[[last[seq] for seq in seqs]] if wanted else None
+        for number in range(max(todo.values(), default=0)):
+            kept = [i for i, seq in enumerate(seqs) if todo[seq] > number]
+            if len(kept) < len(seqs):
+                seqs, state = [seqs[i] for i in kept], state[kept]
+            rows = self.tensors.place(
+                [(seq, len(seq.tokens) - 2 + number, [(seq.tokens[-1], *seq.drafts)[-1]]) for seq in seqs],
+                step.rows.clock,
+            )
+            state = self.mtp.forward(state, rows, self.cache, self.experts)
+            for seq, token in zip(seqs, self.mtp.model.logits(state).argmax(-1).tolist(), strict=True):
+                seq.drafts += (token,)
+        if number_of := max(todo.values(), default=0):
+            self.depth.drafted(len(todo), number_of, time.perf_counter() - started)
+
+    def _remember(self, step: Computed) -> dict[Sequence, int]:
+        """Makes the keys of all positions whose next token is known; returns each sequence's last row of these."""
+        kept: list[int] = []
+        following: list[int] = []
+        last = {}
+        for (seq, first), segment in zip(step.chunks, step.rows.segments, strict=True):
+            count = min(segment.stop - segment.start, len(seq.tokens) - 1 - first)
+            if count > 0 and seq.finish_reason != "error":
+                kept += range(segment.start, segment.start + count)
+                following += seq.tokens[first + 1 : first + 1 + count]
+                last[seq] = segment.start + count - 1
+        if kept:
+            at = torch.tensor(kept, device=step.hidden.device)
+            rows = Rows(
+                token_ids=torch.tensor(following, device=step.hidden.device),
+                positions=step.rows.positions[at],
+                slots=step.rows.slots[at],
+                segments=[],
+                clock=step.rows.clock,
+            )
+            self.mtp.remember(step.hidden[at], rows, self.cache)
+        return last
+
+
+def _useful(seq: Sequence, context_length: int) -> int:
+    """How many drafts can at most become tokens."""
+    room = context_length - len(seq.tokens)
+    if seq.params.max_tokens is not None:
+        room = min(room, seq.params.max_tokens - seq.num_output)
+    return room - 1
