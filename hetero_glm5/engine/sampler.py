@@ -12,16 +12,17 @@ or drafted for. A draft is accepted if it is the token drawn, which for drafts t
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
 from hetero_glm5.core import Batch, Chunk, Drawn, RequestError, SamplingParams, Sequence
 from hetero_glm5.engine.grammar import Constraint, Grammars, Vocabulary
-from hetero_glm5.engine.scheduler import INVALID_TOKEN
+from hetero_glm5.engine.scheduler import INVALID_TOKEN, NOT_FINITE
 
 FEW = 256  # candidates nearly always hold top_k and top_p; sorting 150,000 takes 10 ms on a CPU core
 BLOCK = 32  # rows of prompt log-probabilities at a time
-NOT_FINITE = "the model's logits are not finite for this request"
 MASK, GOLDEN = 2**64 - 1, 0x9E3779B97F4A7C15
 
 Row = tuple[Chunk, int]  # one that draws, and how many of the chunk's drafts it assumes
@@ -61,7 +62,7 @@ class Sampler:
         """For each chunk of the batch what its rows drew, up to the first token that differs from its draft; nothing
         where nothing is due, INVALID_TOKEN alone where a row among these cannot be drawn from. `logits`, fp32
         [rows that draw, vocab], are changed by what shapes them."""
-        rows = [(chunk, ahead) for chunk in batch.chunks if chunk.samples for ahead in range(1 + len(chunk.drafts))]
+        rows = [(chunk, ahead) for chunk in batch.chunks for ahead in range(chunk.num_draws)]
         if not rows:
             return [[] for _ in batch.chunks]
         best = logits.argmax(-1, keepdim=True)  # NaN counts as the greatest
@@ -83,29 +84,24 @@ class Sampler:
             if i in errors or one.token == INVALID_TOKEN:
                 drawn[i] = Drawn(INVALID_TOKEN, error=errors.get(i, NOT_FINITE))
         rest = iter(drawn)
-        return [
-            _accepted([next(rest) for _ in range(1 + len(chunk.drafts))], chunk.drafts) if chunk.samples else []
-            for chunk in batch.chunks
-        ]
+        return [_accepted(chunk, list(islice(rest, chunk.num_draws))) for chunk in batch.chunks]
 
     def _shape(self, logits: Tensor, batch: Batch) -> dict[int, str]:
         """Changes the logits in place; returns what went wrong, by row."""
-        errors = {}
-        first = 0
+        errors, row = {}, 0
         for chunk in batch.chunks:
-            if chunk.samples:
-                after = first + 1 + len(chunk.drafts)
-                shaping = self._shaping[chunk.seq]
-                if shaping is not None:
-                    errors.update(
-                        {first + at: error for at, error in shaping(logits[first:after], chunk.drafts).items()}
-                    )
-                first = after
+            after = row + chunk.num_draws
+            shaping = self._shaping[chunk.seq]
+            if shaping is not None and after > row:
+                errors.update({row + at: error for at, error in shaping(logits[row:after], chunk.drafts).items()})
+            row = after
         return errors
 
 
-def _accepted(drawn: list[Drawn], drafts: tuple[int, ...]) -> list[Drawn]:
-    right = next((i for i, draft in enumerate(drafts) if drawn[i].token != draft), len(drafts))
+def _accepted(chunk: Chunk, drawn: list[Drawn]) -> list[Drawn]:
+    if not drawn:
+        return []
+    right = next((i for i, draft in enumerate(chunk.drafts) if drawn[i].token != draft), len(chunk.drafts))
     return [drawn[right]] if drawn[right].token == INVALID_TOKEN else drawn[: right + 1]
 
 
