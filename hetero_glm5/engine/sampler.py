@@ -19,10 +19,11 @@ from torch import Tensor
 
 from hetero_glm5.core import Batch, Chunk, Drawn, RequestError, SamplingParams, Sequence
 from hetero_glm5.engine.grammar import Constraint, Grammars, Vocabulary
-from hetero_glm5.engine.scheduler import INVALID_TOKEN, NOT_FINITE
+from hetero_glm5.engine.scheduler import INVALID_TOKEN
 
 FEW = 256  # candidates nearly always hold top_k and top_p; sorting 150,000 takes 10 ms on a CPU core
 BLOCK = 32  # rows of prompt log-probabilities at a time
+NOT_FINITE = "the model's logits are not finite for this request"
 MASK, GOLDEN = 2**64 - 1, 0x9E3779B97F4A7C15
 
 Row = tuple[Chunk, int]  # one that draws, and how many of the chunk's drafts it assumes

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hetero_glm5.core import Batch, Chunk, Drawn, RequestError, SamplingParams, Sequence
 from hetero_glm5.engine import sampler
-from hetero_glm5.engine.sampler import Sampler, prompt_logprobs, uniform
-from hetero_glm5.engine.scheduler import INVALID_TOKEN, NOT_FINITE
+from hetero_glm5.engine.sampler import NOT_FINITE, Sampler, prompt_logprobs, uniform
+from hetero_glm5.engine.scheduler import INVALID_TOKEN
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.0, 1.0])
 VOCAB = len(LOGITS)
