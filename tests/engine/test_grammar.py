@@ -6,6 +6,7 @@ from typing import Literal
 import pytest
 import tokenizers
 import torch
+from llguidance import LLParserLimits
 from pydantic import BaseModel, ConfigDict, Field
 
 from hetero_glm5.core import MOST_GRAMMAR_CHARACTERS, Batch, Chunk, Grammar, RequestError, SamplingParams, Sequence
@@ -99,7 +100,11 @@ def test_answers_match_regular_expressions(sampler, tokenizer, regex):
     assert all(re.fullmatch(regex, text) for text in texts) and len(set(texts)) > 1
 
 
-def test_grammars_name_special_tokens_and_strings_hold_none(sampler, tokenizer):
+def test_grammars_name_added_tokens_and_strings_hold_none(tokenizer, eos):
+    spec = json.loads(tokenizer.to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    sampler = Sampler(eos, tokenizers.Tokenizer.from_str(json.dumps(spec)), PADDED)
     tools = Grammar(
         "lark",
         r"""
@@ -110,12 +115,12 @@ def test_grammars_name_special_tokens_and_strings_hold_none(sampler, tokenizer):
     )
     name, key = "<tool_call>(search|open)", "<arg_key>q</arg_key>"
     shape = f'<think>[a-z ]{{3,20}}</think>{name}{key}<arg_value>(".*")</arg_value></tool_call>'
-    special = [tokenizer.token_to_id(tag) for tag in re.findall(r"</?[a-z_]+>", shape)]
+    added = [tokenizer.token_to_id(tag) for tag in re.findall(r"</?[a-z_]+>", shape)]
     for seed in range(8):
-        answer = generate(sampler, Model(seed, special), tools)[:-1]  # special tokens are the likeliest everywhere
+        answer = generate(sampler, Model(seed, added), tools)[:-1]  # those are the likeliest everywhere
         match = re.fullmatch(shape, tokenizer.decode(answer, skip_special_tokens=False))
         assert match and len(json.loads(match[2])) <= 9
-        assert [token for token in answer if token in special] == special
+        assert [token for token in answer if token in added] == added
 
 
 @pytest.mark.parametrize("grammar", [ORDER, Grammar("regex", "[ab]{3,6}c*")], ids=["json", "regex"])
@@ -187,16 +192,15 @@ def test_a_grammar_needs_a_tokenizer_and_an_end(tokenizer):
             Sampler(eos, vocabulary, PADDED).prepare(seq)
 
 
-def test_grammars_are_compiled_once_and_the_oldest_are_dropped(tokenizer, eos, monkeypatch):
+def test_grammars_are_compiled_once_and_the_oldest_are_dropped(tokenizer, eos):
     grammars = Grammars(tokenizer, eos)
-    compiled, compile = [], grammars._compile
-    monkeypatch.setattr(grammars, "_compile", lambda grammar: compiled.append(grammar) or compile(grammar))
-    many = [Grammar("regex", f"a{{{i}}}") for i in range(1, COMPILED + 2)]
-    for grammar in (many[0], *many[:-1], many[0], many[-1], many[0]):
-        assert not grammars.matcher(grammar).is_accepting()
-    assert compiled == many
-    grammars.matcher(many[1])
-    assert compiled == [*many, many[1]]
+    compiled = []
+    first, *others = (Grammar("regex", f"a{{{i}}}") for i in range(1, COMPILED + 2))
+    for grammar in (first, *others[:-1], first, others[-1], first, others[0]):
+        matcher = grammars.matcher(grammar)
+        assert not matcher.is_accepting() and matcher.consume_tokens(grammars._tokenizer.tokenize_str("a"))
+        compiled.append(grammars._compiled.cache_info().misses)
+    assert compiled == [*range(1, COMPILED + 1), COMPILED, COMPILED + 1, COMPILED + 1, COMPILED + 2]
 
 
 def test_blanks_come_to_an_end(sampler, tokenizer):
@@ -216,6 +220,22 @@ def test_a_matcher_that_cannot_go_on_fails_its_request_alone(sampler):
     (failed,), (drawn,) = sampler(logits, Batch([Chunk(lost, 3), Chunk(other, 1)]))
     assert failed.token == INVALID_TOKEN and "grammar" in failed.error
     assert drawn.token == 7 and drawn.error is None
+
+
+def test_a_lexer_that_others_filled_is_made_anew(tokenizer, eos, monkeypatch):
+    monkeypatch.setattr("hetero_glm5.engine.grammar.LIMITS", LLParserLimits(max_lexer_states=400, verbose_errors=False))
+    grammars, grammar = Grammars(tokenizer, eos), Grammar("regex", "([a-z]{1,50}[0-9]){1,200}")
+    made = []
+    monkeypatch.setattr(grammars, "clear", lambda clear=grammars.clear: made.append(1) or clear())
+    for seed in range(4):
+        seq, constraint = Sequence([1], SamplingParams(), 1), Constraint(grammars, grammar, PADDED)
+        random = torch.Generator().manual_seed(seed)
+        for _ in range(100):
+            (mask,), error = constraint.allowed(seq, ())
+            assert not error
+            choices = [token for token in mask.nonzero()[0].tolist() if token not in eos]
+            seq.tokens.append(choices[int(torch.randint(len(choices), (), generator=random))])
+    assert made
 
 
 class Tired:
@@ -243,12 +263,20 @@ class Tired:
         return "too\ncomplex"
 
 
+class TiredGrammars:
+    def matcher(self, grammar):
+        return Tired()
+
+    def clear(self):
+        pass
+
+
 def test_a_limit_met_while_drafting_counts_only_where_it_is_reached():
     seq = Sequence([1], SamplingParams(), 1)
-    constraint = Constraint(Tired(), 8)
+    constraint = Constraint(TiredGrammars(), Grammar("regex", ""), 8)
     for _ in range(2):
         masks, error = constraint.allowed(seq, (3, 4, 5))
-        assert len(masks) == 2 and all(mask.all() for mask in masks) and error == "too complex"
+        assert len(masks) == 2 and all(mask.all() for mask in masks) and error.endswith("gave up: too complex")
     assert constraint.allowed(seq, (3,))[1] == ""
     seq.tokens += [3, 4]
-    assert constraint.allowed(seq, ()) == ([], "too complex")
+    assert constraint.allowed(seq, ())[0] == []

@@ -90,8 +90,14 @@ def test_each_method_draws_from_its_distribution(params, monkeypatch):
 @pytest.mark.parametrize("few", [1, 2, 6])
 def test_a_few_candidates_are_enough_or_all_are_sorted(monkeypatch, few):
     ties = torch.randint(0, 4, (200, 40), generator=torch.Generator().manual_seed(0)).float()
-    params = [{"top_p": 0.7}, {"top_k": 2}, {"top_k": 30, "top_p": 0.8}, {"top_k": 7}]
-    chunks = [chunk(sequence(seed=i, **params[i % 4])) for i in range(200)]
+    params = [
+        {"top_p": 0.7},
+        {"top_k": 2},
+        {"top_k": 30, "top_p": 0.3, "temperature": 0.2},
+        {"top_p": 0.6, "temperature": 0.2},
+        {"top_k": 7},
+    ]
+    chunks = [chunk(sequence(seed=i, **params[i % 5])) for i in range(200)]
     wanted = sample(ties, chunks)
     monkeypatch.setattr(sampler, "_draw_truncated", lambda x, s, w=few, draw=sampler._draw_truncated: draw(x, s, w))
     assert sample(ties, chunks) == wanted
@@ -106,9 +112,10 @@ def test_extremes_leave_the_best_token():
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])
 def test_no_number_reaches_what_has_no_chance(monkeypatch, number):
     monkeypatch.setattr(sampler, "uniform", lambda seed, position: number)
-    logits = torch.full((3, 1000), -float("inf"))
-    logits[:, 400:500] = torch.randn(3, 100, generator=torch.Generator().manual_seed(1))
-    chunks = [chunk(sequence(**params)) for params in ({}, {"top_k": 7}, {"top_p": 0.99})]
+    logits = torch.full((60, 1000), -float("inf"))
+    logits[:, 400:500] = torch.randn(60, 100, generator=torch.Generator().manual_seed(1))
+    params = [{}, *({"top_k": k} for k in range(1, 59)), {"top_p": 0.99}]
+    chunks = [chunk(sequence(**each)) for each in params]
     assert all(400 <= token < 500 for (token,) in tokens(sample(logits, chunks)))
 
 
