@@ -17,7 +17,7 @@ class GLM5:
         self.config = config
         self.embedding = weights("model.embed_tokens.weight")  # [vocab, hidden]
         self.layers = [Layer(config, weights, i) for i in range(config.num_hidden_layers)]
-        self.norm = weights("model.norm.weight")
+        self.norm = ops.RMSNorm(weights("model.norm.weight"), config.rms_norm_eps)
         self.lm_head = weights("lm_head.weight")  # [vocab, hidden]
 
     def forward(self, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
@@ -26,7 +26,7 @@ class GLM5:
         step, selection = Step.of(rows, self.config), []
         for layer in self.layers:
             x, selection = layer(x, step, cache, experts, selection)
-        return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [T, vocab]."""

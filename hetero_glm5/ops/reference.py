@@ -16,9 +16,21 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 24  # rows are processed in blocks whose largest fp32 temporary has about this many elements
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+class RMSNorm:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, weight fp32; returns x's type."""
-    return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+
+    def __init__(self, weight: Tensor, eps: float):
+        self.weight, self.eps = weight, eps
+        self._eps = weight.new_tensor(eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        if x.is_cuda:
+            return F.rms_norm(wide, x.shape[-1:], self.weight, self.eps).to(x.dtype)
+        # There F.rms_norm is one kernel; here it is seven, some of which make tensors of numbers. These are five.
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return (wide * inverse).mul_(self.weight).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -36,7 +36,7 @@ def test_norms_against_float64():
     x, w, b = normal(4, 33), normal(33, seed=1), normal(33, seed=2)
     wide = x.double()
     rms = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
-    torch.testing.assert_close(ops.rms_norm(x, w, 1e-5).double(), rms, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ops.RMSNorm(w, 1e-5)(x).double(), rms, atol=1e-6, rtol=1e-6)
     layer = (wide - wide.mean(-1, keepdim=True)) / (wide.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     want = layer * w.double() + b.double()
     torch.testing.assert_close(ops.layer_norm(x, w, b, 1e-6).double(), want, atol=1e-6, rtol=1e-6)
