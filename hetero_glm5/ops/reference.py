@@ -71,7 +71,7 @@ def index_scores(q: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
 
 def select_positions(q: Tensor, head_weights: Tensor, keys: Tensor, topk: int) -> Tensor:
     """For rows that are the last T of the S positions: the min(topk, p_t + 1) positions s ≤ p_t with the highest index
-    score; int64 [T, topk], best first, unused slots -1. The row's own position is not forced in."""
+    score; int64 [T, topk], in any order, unused slots -1. The row's own position is not forced in."""
     T, S = len(q), len(keys)
     chosen = torch.full((T, topk), -1, dtype=torch.int64, device=q.device)
     for a, b in _blocks(T, q.shape[1] * S):
@@ -80,7 +80,7 @@ def select_positions(q: Tensor, head_weights: Tensor, keys: Tensor, topk: int) -
         if b - a > 1:
             positions = torch.arange(end, device=q.device)
             scores.masked_fill_(positions > positions[a - b :, None], float("-inf"))
-        best = scores.topk(min(topk, end), dim=-1)
+        best = scores.topk(min(topk, end), dim=-1, sorted=False)
         chosen[a:b, : best.indices.shape[1]] = best.indices.masked_fill(best.values == float("-inf"), -1)
     return chosen
 
@@ -118,13 +118,13 @@ def attend_dense(q: Tensor, read: Read, seen: tuple[Tensor, Tensor | None], scal
 
 
 def attend_selected(q: Tensor, read: Read, selection: Tensor, scale: float, latent: int) -> Tensor:
-    """Each row of q [T, H, c + r] (absorbed) over slots of its own: selection [T, k], -1 unused, the first of a row
-    used. Returns [T, H, latent]. Slots that nobody selects are never read."""
+    """Each row of q [T, H, c + r] (absorbed) over slots of its own: selection [T, k], -1 unused, at least one used.
+    Returns [T, H, latent]. Slots that nobody selects are never read."""
     out = torch.empty(*q.shape[:2], latent, dtype=q.dtype, device=q.device)
     for a, b in _blocks(len(q), selection.shape[1] * q.shape[2]):
         chosen = selection[a:b]
         unused = chosen < 0
-        rows = read(torch.where(unused, chosen[:, :1], chosen))  # [t, k, c + r]
+        rows = read(torch.where(unused, chosen.amax(-1, keepdim=True), chosen))  # [t, k, c + r]
         scores = torch.bmm(q[a:b].float() * scale, rows.transpose(1, 2))  # [t, H, k]
         weights = scores.masked_fill_(unused[:, None], float("-inf")).softmax(-1)
         out[a:b] = torch.bmm(weights, rows[..., :latent])

@@ -84,7 +84,7 @@ def test_absorbed_attention_equals_expanded(monkeypatch, block):
 
 def test_unselected_positions_do_not_matter():
     q, context = normal(2, 3, 6), normal(8, 6, seed=1)
-    selection = torch.tensor([[3, -1, -1], [7, 2, 4]])
+    selection = torch.tensor([[-1, 3, -1], [7, 2, 4]])
     want = ops.attend_selected(q, reader(context), selection, 0.5, 4)
     context[[0, 1, 5, 6]] = float("nan")
     assert torch.equal(ops.attend_selected(q, reader(context), selection, 0.5, 4), want)
