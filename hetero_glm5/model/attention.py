@@ -47,7 +47,7 @@ class Attention:
         q_latent = self.q_norm(q_latent)  # [T, q_lora]
         q = F.linear(q_latent, self.q_b).view(len(x), c.num_attention_heads, c.qk_head_dim)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)  # [T, H, nope] [T, H, rope]
-        if self.indexer is not None and step.sparse:
+        if self.indexer is not None and any(group.long for group in step.groups):
             with step.rows.clock("indexer"):
                 selection = self.indexer.select(q_latent, head_weights, step, cache.index[self.layer])
 
@@ -75,10 +75,10 @@ class Attention:
         """q [T, H, c + r] → Σ p·latent [T, H, c]."""
         c, read = self.config, cache.latent[self.layer].read
         mixed = q.new_empty(*q.shape[:2], c.kv_lora_rank)
-        for dense in step.dense:
-            queries = q[dense.rows].view(*dense.shape, *q.shape[1:])
-            attended = ops.attend_dense(queries, read, (dense.context, dense.hidden), c.softmax_scale, c.kv_lora_rank)
-            mixed[dense.rows] = attended.flatten(0, 1)
-        for sparse, slots in zip(step.sparse, selection, strict=True):
-            mixed[sparse.rows] = ops.attend_selected(q[sparse.rows], read, slots, c.softmax_scale, c.kv_lora_rank)
+        for group, slots in zip(step.groups, selection, strict=True):
+            if slots is None:
+                part = ops.attend_dense(group(q), read, group.seen, c.softmax_scale, c.kv_lora_rank).flatten(0, 1)
+            else:
+                part = ops.attend_selected(q[group.rows], read, slots.flatten(0, 1), c.softmax_scale, c.kv_lora_rank)
+            mixed[group.rows] = part
         return mixed

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hetero_glm5.model.layers import Layer
 from hetero_glm5.model.moe import Experts
-from hetero_glm5.model.state import Cache, Rows, Step, Weights
+from hetero_glm5.model.state import Cache, Rows, Selection, Step, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 
@@ -23,7 +23,8 @@ class GLM5:
     def forward(self, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
         """Hidden states after the final norm, [T, hidden]; writes the rows' keys to the cache."""
         x = F.embedding(rows.token_ids, self.embedding)
-        step, selection = Step.of(rows, self.config), []
+        step = Step.of(rows, self.config)
+        selection: Selection = [None] * len(step.groups)
         for layer in self.layers:
             x, selection = layer(x, step, cache, experts, selection)
         return self.norm(x)

@@ -34,7 +34,8 @@ class MTP:
     def forward(self, hidden: Tensor, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
         """m [T, hidden] from the model's hidden states [T, hidden] at the rows' positions; rows.token_ids are the
         *next* tokens t_{i+1}. Draft logits: model.logits(m)."""
-        y, _ = self.layer(self._z(hidden, rows), Step.of(rows, self.config), cache, experts, [])
+        step = Step.of(rows, self.config)
+        y, _ = self.layer(self._z(hidden, rows), step, cache, experts, [None] * len(step.groups))
         return self.norm(y)
 
     def remember(self, hidden: Tensor, rows: Rows, cache: Cache) -> None:
