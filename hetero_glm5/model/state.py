@@ -132,8 +132,9 @@ class Cache:
         at, data = torch.tensor(pages, dtype=torch.int64, device=device), data.to(device)
         page_size = data.shape[1] // self.page_bytes(1)
         views = [store.pages(page_size) for store in self.stores]
+        unit = torch.int64 if page_size % 8 == 0 else torch.uint8  # what is copied at a time, if not a byte
         for view, part in zip(views, data.split([view.shape[1] for view in views], -1), strict=True):
-            view.index_copy_(0, at, part)
+            view.view(unit).index_copy_(0, at, part.view(unit))
 
     def copy_slots(self, pairs: list[tuple[int, int, int]]) -> None:
         """Copies (first source slot, first target slot, how many); all are read before any is written."""
