@@ -29,9 +29,9 @@ class Attention:
             self.sizes = [c.latent_dim, c.index_head_dim, c.q_lora_rank, c.index_n_heads]
         # All that x is multiplied by as one matrix [sum of sizes, hidden]; what becomes keys comes first.
         self.down = torch.cat([weights(f"{prefix}{name}.weight") for name in names])
-        self.q_norm = weights(f"{prefix}q_a_layernorm.weight")
+        self.q_norm = ops.RMSNorm(weights(f"{prefix}q_a_layernorm.weight"), c.latent_norm_eps)
         self.q_b = weights(f"{prefix}q_b_proj.weight")  # [H·(nope + rope), q_lora]
-        self.kv_norm = weights(f"{prefix}kv_a_layernorm.weight")
+        self.kv_norm = ops.RMSNorm(weights(f"{prefix}kv_a_layernorm.weight"), c.latent_norm_eps)
         kv_b = weights(f"{prefix}kv_b_proj.weight").view(c.num_attention_heads, -1, c.kv_lora_rank)
         w_uk, w_uv = kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         self.w_uk, self.w_uv = w_uk.contiguous(), w_uv.contiguous()  # [H, nope, c] [H, v, c]; bmm is slow on views
@@ -44,10 +44,10 @@ class Attention:
         kv, index_key, q_latent, head_weights = F.linear(x, self.down).split(self.sizes, -1)
         self._write(kv, index_key, step, cache)
 
-        q_latent = ops.rms_norm(q_latent, self.q_norm, c.latent_norm_eps)  # [T, q_lora]
+        q_latent = self.q_norm(q_latent)  # [T, q_lora]
         q = F.linear(q_latent, self.q_b).view(len(x), c.num_attention_heads, c.qk_head_dim)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)  # [T, H, nope] [T, H, rope]
-        if self.indexer is not None and step.sparse:
+        if self.indexer is not None and any(group.long for group in step.groups):
             with step.rows.clock("indexer"):
                 selection = self.indexer.select(q_latent, head_weights, step, cache.index[self.layer])
 
@@ -65,8 +65,8 @@ class Attention:
         """kv [T, c + r] and index_key [T, index_head_dim], as projected."""
         c = self.config
         latent, k_rope = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)  # [T, c] [T, rope]
-        latent = ops.rms_norm(latent, self.kv_norm, c.latent_norm_eps)
-        cache.latent[self.layer].write(step.rows.slots, torch.cat((latent, ops.rope(k_rope, step.rotation)), -1))
+        keys = torch.cat((self.kv_norm(latent), ops.rope(k_rope, step.rotation)), -1)
+        cache.latent[self.layer].write(step.rows.slots, keys)
         if self.indexer is not None:
             with step.rows.clock("indexer"):
                 cache.index[self.layer].write(step.rows.slots, self.indexer.key(index_key, step.rotation))
@@ -75,10 +75,10 @@ class Attention:
         """q [T, H, c + r] → Σ p·latent [T, H, c]."""
         c, read = self.config, cache.latent[self.layer].read
         mixed = q.new_empty(*q.shape[:2], c.kv_lora_rank)
-        for dense in step.dense:
-            queries = q[dense.rows].view(*dense.shape, *q.shape[1:])
-            attended = ops.attend_dense(queries, read, (dense.context, dense.hidden), c.softmax_scale, c.kv_lora_rank)
-            mixed[dense.rows] = attended.flatten(0, 1)
-        for sparse, slots in zip(step.sparse, selection, strict=True):
-            mixed[sparse.rows] = ops.attend_selected(q[sparse.rows], read, slots, c.softmax_scale, c.kv_lora_rank)
+        for group, slots in zip(step.groups, selection, strict=True):
+            if slots is None:
+                part = ops.attend_dense(group(q), read, group.seen, c.softmax_scale, c.kv_lora_rank).flatten(0, 1)
+            else:
+                part = ops.attend_selected(q[group.rows], read, slots.flatten(0, 1), c.softmax_scale, c.kv_lora_rank)
+            mixed[group.rows] = part
         return mixed

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hetero_glm5.model.layers import Layer
 from hetero_glm5.model.moe import Experts
-from hetero_glm5.model.state import Cache, Rows, Step, Weights
+from hetero_glm5.model.state import Cache, Rows, Selection, Step, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 
@@ -17,16 +17,17 @@ class GLM5:
         self.config = config
         self.embedding = weights("model.embed_tokens.weight")  # [vocab, hidden]
         self.layers = [Layer(config, weights, i) for i in range(config.num_hidden_layers)]
-        self.norm = weights("model.norm.weight")
+        self.norm = ops.RMSNorm(weights("model.norm.weight"), config.rms_norm_eps)
         self.lm_head = weights("lm_head.weight")  # [vocab, hidden]
 
     def forward(self, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
         """Hidden states after the final norm, [T, hidden]; writes the rows' keys to the cache."""
         x = F.embedding(rows.token_ids, self.embedding)
-        step, selection = Step.of(rows, self.config), []
+        step = Step.of(rows, self.config)
+        selection: Selection = [None] * len(step.groups)
         for layer in self.layers:
             x, selection = layer(x, step, cache, experts, selection)
-        return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [T, vocab]."""

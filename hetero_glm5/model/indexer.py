@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_glm5.model.key_store import KeyStore
-from hetero_glm5.model.state import Segment, Selection, Step, Weights
+from hetero_glm5.model.state import Selection, Step, Weights
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
 
@@ -38,12 +38,10 @@ class Indexer:
         q = self._rotate(q, step.rotation) * c.index_head_dim**-0.5
         head_weights = head_weights * c.index_n_heads**-0.5
 
-        def chosen(segment: Segment) -> Tensor:
-            r, context = segment.rows, segment.context
-            positions = ops.select_positions(q[r], head_weights[r], keys.read(context), c.index_topk)
-            return torch.where(positions < 0, -1, context[positions.clamp(min=0)])
-
-        return [torch.cat([chosen(segment) for segment in sparse.segments]) for sparse in step.sparse]
+        return [
+            ops.select_slots(group(q), group(head_weights), keys.read, group.seen, c.index_topk) if group.long else None
+            for group in step.groups
+        ]
 
     def _rotate(self, x: Tensor, rotation: Tensor) -> Tensor:
         turned, rest = x.split([self.config.qk_rope_head_dim, x.shape[-1] - self.config.qk_rope_head_dim], -1)

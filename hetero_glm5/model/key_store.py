@@ -62,7 +62,9 @@ class FP8Rows:
 
     def decode(self, rows: Tensor) -> Tensor:
         codes, scales, kept = rows.split([self.coded, 4 * self.groups, 2 * self.kept], -1)
-        values = codes.view(torch.float8_e4m3fn).float()
+        # By a table of the 256 codes: torch converts e4m3 five times as slowly on a CPU.
+        table = torch.arange(256, dtype=torch.uint8, device=rows.device).view(torch.float8_e4m3fn).float()
+        values = table.index_select(0, codes.int().flatten()).view(codes.shape)
         for group, scale in zip(values.split(GROUP, -1), _as(torch.float32, scales).split(1, -1), strict=True):
             group.mul_(scale)
         return torch.cat((values, _as(torch.bfloat16, kept).float()), -1) if self.kept else values

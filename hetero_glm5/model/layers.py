@@ -15,10 +15,9 @@ from hetero_glm5.weights.names import layer_prefix
 class Layer:
     def __init__(self, config: ModelConfig, weights: Weights, layer: int):
         prefix = layer_prefix(layer)
-        self.eps = config.rms_norm_eps
-        self.input_norm = weights(f"{prefix}input_layernorm.weight")
+        self.input_norm = ops.RMSNorm(weights(f"{prefix}input_layernorm.weight"), config.rms_norm_eps)
         self.attention = Attention(config, weights, layer, f"{prefix}self_attn.")
-        self.post_norm = weights(f"{prefix}post_attention_layernorm.weight")
+        self.post_norm = ops.RMSNorm(weights(f"{prefix}post_attention_layernorm.weight"), config.rms_norm_eps)
         if config.is_sparse(layer):
             self.mlp = MoE(config, weights, layer, f"{prefix}mlp.")
         else:
@@ -29,12 +28,11 @@ class Layer:
     ) -> tuple[Tensor, Selection]:
         """x [T, hidden]; selection: the latest full layer's."""
         with step.rows.clock("attention"):
-            normed = ops.rms_norm(x, self.input_norm, self.eps)
-            attended, selection = self.attention(normed, step, cache, selection)
+            attended, selection = self.attention(self.input_norm(x), step, cache, selection)
         x = x + attended
-        return x + self.mlp(ops.rms_norm(x, self.post_norm, self.eps), step.rows, experts), selection
+        return x + self.mlp(self.post_norm(x), step.rows, experts), selection
 
     def remember(self, x: Tensor, step: Step, cache: Cache) -> None:
         """Only caches the rows' keys, from which nothing else of the layer follows. x [T, hidden]."""
         with step.rows.clock("attention"):
-            self.attention.remember(ops.rms_norm(x, self.input_norm, self.eps), step, cache)
+            self.attention.remember(self.input_norm(x), step, cache)

@@ -24,24 +24,24 @@ class MTP:
         self.model, self.config = model, model.config
         layer = self.config.num_hidden_layers
         prefix = layer_prefix(layer)
-        self.enorm = weights(f"{prefix}enorm.weight")
-        self.hnorm = weights(f"{prefix}hnorm.weight")
+        eps = self.config.rms_norm_eps
+        self.enorm = ops.RMSNorm(weights(f"{prefix}enorm.weight"), eps)
+        self.hnorm = ops.RMSNorm(weights(f"{prefix}hnorm.weight"), eps)
         self.eh_proj = weights(f"{prefix}eh_proj.weight")  # [hidden, 2·hidden]
         self.layer = Layer(self.config, weights, layer)
-        self.norm = weights(f"{prefix}shared_head.norm.weight")
+        self.norm = ops.RMSNorm(weights(f"{prefix}shared_head.norm.weight"), eps)
 
     def forward(self, hidden: Tensor, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
         """m [T, hidden] from the model's hidden states [T, hidden] at the rows' positions; rows.token_ids are the
         *next* tokens t_{i+1}. Draft logits: model.logits(m)."""
-        y, _ = self.layer(self._z(hidden, rows), Step.of(rows, self.config), cache, experts, [])
-        return ops.rms_norm(y, self.norm, self.config.rms_norm_eps)
+        step = Step.of(rows, self.config)
+        y, _ = self.layer(self._z(hidden, rows), step, cache, experts, [None] * len(step.groups))
+        return self.norm(y)
 
     def remember(self, hidden: Tensor, rows: Rows, cache: Cache) -> None:
         """Only caches the keys of rows that draft nothing: no attention, no experts. Arguments as for forward."""
         self.layer.remember(self._z(hidden, rows), Step.of(rows, self.config), cache)
 
     def _z(self, hidden: Tensor, rows: Rows) -> Tensor:
-        eps = self.config.rms_norm_eps
         embedded = F.embedding(rows.token_ids, self.model.embedding)
-        z = torch.cat((ops.rms_norm(embedded, self.enorm, eps), ops.rms_norm(hidden, self.hnorm, eps)), -1)
-        return F.linear(z, self.eh_proj)
+        return F.linear(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1), self.eh_proj)

@@ -47,40 +47,34 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Dense:
-    """B consecutive segments of R rows each that attend to all they can see, taken together.
-
-    context: int64 [B, S] cache slots, S the longest; a shorter one is filled up with its own first slot, which is
-    hidden there. hidden: bool [B, R, S], what a row does not see: the positions after its own; None: it sees all."""
+class Group:
+    """B consecutive segments of R rows each, computed together, and what they see. A context shorter than the longest
+    is filled up with its own first slot, which is hidden there. long: an indexer chooses, as there are more positions
+    than a row attends to."""
 
     rows: slice
     shape: tuple[int, int]  # B, R
-    context: Tensor
-    hidden: Tensor | None
+    seen: ops.Seen
+    long: bool
 
     @staticmethod
-    def of(segments: list[Segment], positions: Tensor) -> Dense:
+    def of(segments: list[Segment], positions: Tensor, long: bool) -> Group:
         rows, count = slice(segments[0].start, segments[-1].stop), len(segments)
         shape = count, (rows.stop - rows.start) // count
         context = segments[0].context[None]
         if shape == (1, 1):
-            return Dense(rows, shape, context, None)
+            return Group(rows, shape, ops.Seen(context, None), long)
         if count > 1:
             padded = pad_sequence([segment.context for segment in segments], batch_first=True, padding_value=-1)
             context = torch.where(padded < 0, padded[:, :1], padded)
-        seen = torch.arange(context.shape[1], device=context.device)
-        return Dense(rows, shape, context, seen > positions[rows].view(*shape, 1))
+        return Group(rows, shape, ops.Seen(context, positions[rows].view(shape)), long)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The group's part of x [T, ...], as [B, R, ...]."""
+        return x[self.rows].view(*self.shape, *x.shape[1:])
 
 
-@dataclass(frozen=True)
-class Sparse:
-    """Consecutive segments with more positions than a row attends to, so that an indexer chooses."""
-
-    rows: slice
-    segments: list[Segment]
-
-
-Selection = list[Tensor]  # for each Sparse: the rows' cache slots, int64 [rows, index_topk], unused -1
+Selection = list[Tensor | None]  # for each group: slots [B, R, index_topk], or None for "all of them"
 
 
 @dataclass(frozen=True)
@@ -89,27 +83,17 @@ class Step:
 
     rows: Rows
     rotation: Tensor  # of ops.rotations
-    dense: list[Dense]
-    sparse: list[Sparse]
+    groups: list[Group]
 
     @staticmethod
     def of(rows: Rows, config: ModelConfig) -> Step:
-        dense, sparse = [], []
-        for (long, *_), found in groupby(rows.segments, lambda segment: _kind(segment, config.index_topk)):
-            segments = list(found)
-            if long:
-                sparse.append(Sparse(slice(segments[0].start, segments[-1].stop), segments))
-            else:
-                dense.append(Dense.of(segments, rows.positions))
-        return Step(rows, ops.rotations(rows.positions, config.qk_rope_head_dim, config.rope_theta), dense, sparse)
+        def kind(segment: Segment) -> tuple[bool, int, int]:
+            """Contexts of a kind differ by less than a factor of two, so that no more than half is filling."""
+            length = len(segment.context)
+            return length > config.index_topk, segment.stop - segment.start, length.bit_length()
 
-
-def _kind(segment: Segment, topk: int) -> tuple[bool, int, int]:
-    """Neighbours of one kind are computed together. The contexts of dense ones differ by less than a factor of two, so
-    that no more than half is filling; long ones are read row by row, so that theirs do not matter."""
-    if len(segment.context) > topk:
-        return True, 0, 0
-    return False, segment.stop - segment.start, len(segment.context).bit_length()
+        groups = [Group.of(list(same), rows.positions, long) for (long, *_), same in groupby(rows.segments, kind)]
+        return Step(rows, ops.rotations(rows.positions, config.qk_rope_head_dim, config.rope_theta), groups)
 
 
 @dataclass(frozen=True)
@@ -148,8 +132,9 @@ class Cache:
         at, data = torch.tensor(pages, dtype=torch.int64, device=device), data.to(device)
         page_size = data.shape[1] // self.page_bytes(1)
         views = [store.pages(page_size) for store in self.stores]
+        unit = torch.int64 if page_size % 8 == 0 else torch.uint8  # what is copied at a time, if not a byte
         for view, part in zip(views, data.split([view.shape[1] for view in views], -1), strict=True):
-            view.index_copy_(0, at, part)
+            view.view(unit).index_copy_(0, at, part.view(unit))
 
     def copy_slots(self, pairs: list[tuple[int, int, int]]) -> None:
         """Copies (first source slot, first target slot, how many); all are read before any is written."""

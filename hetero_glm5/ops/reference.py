@@ -8,6 +8,7 @@ fp32 or bf16; norms, softmax, indexer scores and the router compute in fp32. The
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,21 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 24  # rows are processed in blocks whose largest fp32 temporary has about this many elements
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+class RMSNorm:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, weight fp32; returns x's type."""
-    return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+
+    def __init__(self, weight: Tensor, eps: float):
+        self.weight, self.eps = weight, eps
+        self._eps = weight.new_tensor(eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        if x.is_cuda:
+            return F.rms_norm(wide, x.shape[-1:], self.weight, self.eps).to(x.dtype)
+        # There F.rms_norm is one kernel; here it is seven, some of which make tensors of numbers. These are five.
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return (wide * inverse).mul_(self.weight).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -51,26 +64,30 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 # ---- DeepSeek Sparse Attention ---------------------------------------------------------------------------------------
 
 
-def index_scores(q: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
-    """I[t,s] = Σ_h w[t,h] · relu(q[t,h] · k[s]), fp32 [T, S]; q [T, H, D], head_weights [T, H], keys [S, D]."""
-    dots = F.relu(q.float() @ keys.float().T)  # [T, H, S]
-    return torch.bmm(head_weights.float()[:, None], dots).squeeze(1)
+Read = Callable[[Tensor], Tensor]  # cache slots int64 [...] → their rows, fp32 [..., width]
 
 
-def select_positions(q: Tensor, head_weights: Tensor, keys: Tensor, topk: int) -> Tensor:
-    """For rows that are the last T of the S positions: the min(topk, p_t + 1) positions s ≤ p_t with the highest index
-    score; int64 [T, topk], best first, unused slots -1. The row's own position is not forced in."""
-    T, S = len(q), len(keys)
-    chosen = torch.full((T, topk), -1, dtype=torch.int64, device=q.device)
-    for a, b in _blocks(T, q.shape[1] * S):
-        end = S - T + b  # as far as the block can see
-        scores = index_scores(q[a:b], head_weights[a:b], keys[:end])
-        if b - a > 1:
-            positions = torch.arange(end, device=q.device)
-            scores.masked_fill_(positions > positions[a - b :, None], float("-inf"))
-        best = scores.topk(min(topk, end), dim=-1)
-        chosen[a:b, : best.indices.shape[1]] = best.indices.masked_fill(best.values == float("-inf"), -1)
-    return chosen
+@dataclass(frozen=True)
+class Seen:
+    """What B sequences with R rows each see: context int64 [B, S], the cache slots of their positions; last int64
+    [B, R], the last position that a row sees, at most S - R + r for row r; None: every row sees all."""
+
+    context: Tensor
+    last: Tensor | None
+
+    def blocks(self, rows: int, width: int, heads: int) -> Iterator[tuple[slice, list[tuple[slice, int]]]]:
+        """Which sequences to read at once, and of them the rows to score at once with the end of what these can see."""
+        B, S = self.context.shape
+        for first, last in _blocks(B, S * width):
+            parts = _blocks(rows, (last - first) * heads * S)
+            yield slice(first, last), [(slice(a, b), S - rows + b) for a, b in parts]
+
+    def hide(self, scores: Tensor, seqs: slice, rows: slice) -> Tensor:
+        """scores [b, r, ..., end] of these sequences and rows, in place: -inf where a row does not see."""
+        if self.last is None:
+            return scores
+        last = self.last[seqs, rows].view(*scores.shape[:2], *[1] * (scores.dim() - 2))
+        return scores.masked_fill_(torch.arange(scores.shape[-1], device=scores.device) > last, float("-inf"))
 
 
 def _blocks(count: int, elements: int) -> Iterator[tuple[int, int]]:
@@ -79,40 +96,58 @@ def _blocks(count: int, elements: int) -> Iterator[tuple[int, int]]:
     return ((a, min(a + size, count)) for a in range(0, count, size))
 
 
+def index_scores(q: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
+    """I[t,s] = Σ_h w[t,h] · relu(q[t,h] · k[s]), fp32 [B, R, S]; q [B, R, H, D], head_weights [B, R, H], keys
+    [B, S, D]."""
+    dots = torch.bmm(q.float().flatten(1, 2), keys.transpose(1, 2)).relu_()  # [B, R·H, S]
+    dots = dots.view(-1, q.shape[2], dots.shape[-1])  # [B·R, H, S]
+    return torch.bmm(head_weights.float().reshape(-1, 1, q.shape[2]), dots).view(*q.shape[:2], -1)
+
+
+def select_slots(q: Tensor, head_weights: Tensor, read: Read, seen: Seen, topk: int) -> Tensor:
+    """The slots of the topk positions with the highest index score that a row sees, of all if it sees fewer; int64
+    [B, R, topk], in any order, unused -1. q [B, R, H, D], head_weights [B, R, H]. The row's own position is not forced
+    in."""
+    chosen = torch.full((*q.shape[:2], topk), -1, dtype=torch.int64, device=q.device)
+    for seqs, parts in seen.blocks(q.shape[1], q.shape[3], q.shape[2]):
+        context = seen.context[seqs, None]
+        keys = read(context[:, 0])  # [b, S, D]
+        for rows, end in parts:
+            scores = seen.hide(index_scores(q[seqs, rows], head_weights[seqs, rows], keys[:, :end]), seqs, rows)
+            best = scores.topk(min(topk, end), dim=-1, sorted=False)
+            slots = context.expand(-1, scores.shape[1], -1).gather(-1, best.indices)
+            chosen[seqs, rows, : slots.shape[-1]] = slots.masked_fill_(best.values == float("-inf"), -1)
+    return chosen
+
+
 # ---- absorbed multi-head latent attention ----------------------------------------------------------------------------
 
-Read = Callable[[Tensor], Tensor]  # cache slots int64 [...] → their rows, fp32 [..., c + r]
 
-
-def attend_dense(q: Tensor, read: Read, seen: tuple[Tensor, Tensor | None], scale: float, latent: int) -> Tensor:
-    """B sequences of R rows each, the last of their S positions. q [B, R, H, c + r] (absorbed); seen: the positions'
-    slots [B, S], and bool [B, R, S], which of them are hidden from a row, or None. Returns [B, R, H, latent].
+def attend_dense(q: Tensor, read: Read, seen: Seen, scale: float, latent: int) -> Tensor:
+    """Attention over all that a row sees. q [B, R, H, c + r] (absorbed); returns [B, R, H, latent].
 
     score = scale · q · row; the output mixes the rows' first `latent` columns."""
-    context, hidden = seen
-    (B, R, H, width), S = q.shape, context.shape[1]
-    out = torch.empty(B, R * H, latent, dtype=q.dtype, device=q.device)
-    queries = (q.float() * scale).view(B, R * H, width)
-    for first, last in _blocks(B, S * width):
-        seqs = slice(first, last)
-        rows = read(context[seqs])  # [b, S, c + r]
-        for a, b in _blocks(R, (last - first) * H * S):
-            end, t = S - R + b, slice(a * H, b * H)  # positions from `end` on are hidden from the whole block
-            scores = torch.bmm(queries[seqs, t], rows[:, :end].transpose(1, 2))  # [b, t·H, end]
-            if hidden is not None:
-                scores.view(-1, b - a, H, end).masked_fill_(hidden[seqs, a:b, None, :end], float("-inf"))
-            out[seqs, t] = torch.bmm(scores.softmax(-1), rows[:, :end, :latent])
-    return out.view(B, R, H, latent)
+    B, R, H, width = q.shape
+    out = torch.empty(B, R, H, latent, dtype=q.dtype, device=q.device)
+    queries = q.float() * scale
+    for seqs, parts in seen.blocks(R, width, H):
+        keys = read(seen.context[seqs])  # [b, S, c + r]
+        for rows, end in parts:
+            wanted = queries[seqs, rows]  # [b, t, H, c + r]
+            scores = torch.bmm(wanted.flatten(1, 2), keys[:, :end].transpose(1, 2))  # [b, t·H, end]
+            seen.hide(scores.view(*wanted.shape[:3], end), seqs, rows)
+            out[seqs, rows] = torch.bmm(scores.softmax(-1), keys[:, :end, :latent]).view(*wanted.shape[:3], latent)
+    return out
 
 
 def attend_selected(q: Tensor, read: Read, selection: Tensor, scale: float, latent: int) -> Tensor:
-    """Each row of q [T, H, c + r] (absorbed) over slots of its own: selection [T, k], -1 unused, the first of a row
-    used. Returns [T, H, latent]. Slots that nobody selects are never read."""
+    """Each row of q [T, H, c + r] (absorbed) over slots of its own: selection [T, k], -1 unused, at least one used.
+    Returns [T, H, latent]. Slots that nobody selects are never read."""
     out = torch.empty(*q.shape[:2], latent, dtype=q.dtype, device=q.device)
     for a, b in _blocks(len(q), selection.shape[1] * q.shape[2]):
         chosen = selection[a:b]
         unused = chosen < 0
-        rows = read(torch.where(unused, chosen[:, :1], chosen))  # [t, k, c + r]
+        rows = read(torch.where(unused, chosen.amax(-1, keepdim=True), chosen))  # [t, k, c + r]
         scores = torch.bmm(q[a:b].float() * scale, rows.transpose(1, 2))  # [t, H, k]
         weights = scores.masked_fill_(unused[:, None], float("-inf")).softmax(-1)
         out[a:b] = torch.bmm(weights, rows[..., :latent])

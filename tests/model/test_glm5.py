@@ -34,12 +34,13 @@ def test_each_layers_output_and_selection(checkpoints, share):
     model, experts, cache = load(folder)
     c = model.config
     x = torch.nn.functional.embedding(IDS, model.embedding)
-    step, selection = Step.of(ROWS, c), []
+    step = Step.of(ROWS, c)
+    selection = [None] * len(step.groups)
     for i, (layer, (want_x, want_selection)) in enumerate(zip(model.layers, seen, strict=True)):
         x, selection = layer(x, step, cache, experts, selection)
         assert (x - want_x[0]).abs().max() <= 1e-4, f"layer {i}"
         for t in range(T):
-            chosen = {s for s in selection[0][t].tolist() if s >= 0}
+            chosen = {s for s in selection[0][0, t].tolist() if s >= 0}
             assert len(chosen) == min(c.index_topk, t + 1)
             assert chosen == {s for s in want_selection[0, t].tolist() if 0 <= s <= t}, f"layer {i}, row {t}"
 

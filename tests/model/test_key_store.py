@@ -91,7 +91,9 @@ def test_attention_over_fp8_is_as_near_as_its_rounding(name):
 
     hidden = torch.arange(S) > torch.arange(S - T, S)[:, None]
     if name == "dense":
-        got = ops.attend_dense(q[None], store.read, (slots[None], hidden[None]), scale, latent)[0]
+        got = ops.attend_dense(q[None], store.read, ops.Seen(slots[None], torch.arange(S - T, S)[None]), scale, latent)[
+            0
+        ]
     else:
         got = ops.attend_selected(q, store.read, torch.where(hidden, -1, slots), scale, latent)
     wide = rows.double()

@@ -10,7 +10,7 @@ from tiny import tiny_checkpoint
 from tiny_model import load_model, rows_of
 
 from hetero_glm5.model.key_store import row_bytes
-from hetero_glm5.model.state import Cache, Dense, Segment, Step, cache_bytes_per_token
+from hetero_glm5.model.state import Cache, Group, Segment, Step, cache_bytes_per_token
 from hetero_glm5.model_config import ModelConfig
 
 DTYPES = ("bfloat16", "float32", "fp8_e4m3")
@@ -46,8 +46,9 @@ def raw(cache: Cache) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("config", [{"num_hidden_layers": 4}, INDEX_SHARE | {"num_hidden_layers": 6}])
-def test_pages_come_back_bit_for_bit(dtype, config):
-    page, slots = 4, 30  # the last two slots are in no page
+@pytest.mark.parametrize("page", [3, 8])
+def test_pages_come_back_bit_for_bit(dtype, config, page):
+    slots = 7 * page + 2  # the last two slots are in no page
     source, target = (random_cache(dtype, slots, seed, **config) for seed in (0, 1))
     data = source.read_pages([5, 0, 2], page)
     assert data.dtype == torch.uint8 and data.is_contiguous()
@@ -77,30 +78,29 @@ def test_copies_of_slots(dtype):
 
 
 def test_neighbours_of_a_kind_are_taken_together():
-    def lengths(step: Step) -> tuple[list[int], list[int]]:
-        return [len(d.context) for d in step.dense], [len(s.segments) for s in step.sparse]
-
     config = ModelConfig.parse(shapes.GLM5 | {"index_topk": 32})
-    spans = [(19, 20, 0), (30, 31, 64), (9, 10, 128), (3, 10, 192), (33, 34, 256), (50, 60, 320), (31, 32, 384)]
-    step = Step.of(rows_of(IDS, *spans), config)
-    assert lengths(step) == ([2, 1, 1, 1], [2])
-    first = step.dense[0]
-    assert first.rows == slice(0, 2) and first.context.shape == (2, 31) and step.sparse[0].rows == slice(10, 21)
-    assert first.context[0].tolist() == [*range(20), *[0] * 11]
-    assert first.hidden.tolist() == [[[s > 19 for s in range(31)]], [[False] * 31]]
+    spans = [(19, 20, 0), (30, 31, 64), (9, 10, 128), (3, 10, 192), (3, 10, 256), (33, 34, 320), (49, 50, 384)]
+    groups = Step.of(rows_of(IDS, *spans), config).groups
+    assert [group.shape for group in groups] == [(2, 1), (1, 1), (2, 7), (2, 1)]
+    assert [group.long for group in groups] == [False, False, False, True]
+    assert [(group.rows.start, group.rows.stop) for group in groups] == [(0, 2), (2, 3), (3, 17), (17, 19)]
+    first, alone, *_ = groups
+    assert first.seen.context.shape == (2, 31) and first.seen.last.tolist() == [[19], [30]]
+    assert alone.seen.context.tolist() == [[*range(128, 138)]] and alone.seen.last is None
+    assert groups[2](torch.arange(19)).tolist() == [[*range(3, 10)], [*range(10, 17)]]
 
 
 def test_a_short_context_is_filled_with_its_own_slots():
     """What lies in other slots may be anything, and 0 · NaN is NaN."""
     segments = [Segment(0, 1, torch.tensor([7])), Segment(1, 2, torch.tensor([4, 5, 6]))]
-    dense = Dense.of(segments, torch.tensor([0, 2]))
-    assert dense.context.tolist() == [[7, 7, 7], [4, 5, 6]]
+    group = Group.of(segments, torch.tensor([0, 2]), long=False)
+    assert group.seen.context.tolist() == [[7, 7, 7], [4, 5, 6]]
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", ["float32", "fp8_e4m3"])
 def test_decoded_rows_equal_prefilled_ones_beside_any_neighbours(checkpoints, dtype):
-    """Row 44 alone, and among others that attend to all (index_topk is 16) or are prefilled, over the same cache."""
+    """One row alone, and beside others that attend to all (index_topk is 16), are chosen for or are prefilled."""
     model, _, experts = load_model(tiny_checkpoint(checkpoints))
 
     def fresh() -> Cache:
@@ -116,11 +116,13 @@ def test_decoded_rows_equal_prefilled_ones_beside_any_neighbours(checkpoints, dt
         tolerance = 1e-5 if dtype == "float32" else 1e-4  # a value that is rounded the other way shows
         alone = model.forward(rows_of(IDS, (last - 1, last, 10)), cache, experts)
         assert (alone - want[last - 1]).abs().max() <= tolerance
-        spans = [(last - 1, last, 10), (0, 12, 80), (0, 5, 100), (0, 1, 120), (0, 20, 140)]
-        for order in itertools.islice(itertools.permutations(range(5)), 0, 120, 17):
+        spans = [(last - 1, last, 10), (39, 40, 10), (0, 12, 80), (0, 5, 100), (0, 1, 120), (0, 20, 140)]
+        for order in itertools.islice(itertools.permutations(range(6)), 0, 720, 97):
             got = model.forward(rows_of(IDS, *(spans[i] for i in order)), cache, experts)
-            at = sum(spans[i][1] - spans[i][0] for i in order[: order.index(0)])
-            assert (got[at] - want[last - 1]).abs().max() <= tolerance
+            starts = itertools.accumulate((spans[i][1] - spans[i][0] for i in order), initial=0)
+            at = dict(zip(order, starts, strict=False))
+            assert (got[at[0]] - want[last - 1]).abs().max() <= tolerance
+            assert (got[at[1]] - want[39]).abs().max() <= tolerance
             assert got.isfinite().all()
     exact = Cache.allocate(model.config, 64, dtype="float32", device="cpu")
     difference = (model.forward(rows_of(IDS, (0, 45, 10)), exact, experts) - want).abs().max()

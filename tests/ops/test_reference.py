@@ -36,24 +36,32 @@ def test_norms_against_float64():
     x, w, b = normal(4, 33), normal(33, seed=1), normal(33, seed=2)
     wide = x.double()
     rms = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
-    torch.testing.assert_close(ops.rms_norm(x, w, 1e-5).double(), rms, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ops.RMSNorm(w, 1e-5)(x).double(), rms, atol=1e-6, rtol=1e-6)
     layer = (wide - wide.mean(-1, keepdim=True)) / (wide.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     want = layer * w.double() + b.double()
     torch.testing.assert_close(ops.layer_norm(x, w, b, 1e-6).double(), want, atol=1e-6, rtol=1e-6)
 
 
-def test_selection_is_the_topk_of_the_causal_scores(monkeypatch):
-    T, S, topk = 38, 40, 5
-    q, w, keys = normal(T, 16, 8), normal(T, 16, seed=1), normal(S, 8, seed=2)
-    chosen = ops.select_positions(q, w, keys, topk)
-    scores = (w.double()[:, :, None] * (q.double() @ keys.double().T).relu()).sum(1)
-    for t in range(T):
-        p = S - T + t
-        want = scores[t, : p + 1].topk(min(topk, p + 1)).indices.tolist()
-        got = [s for s in chosen[t].tolist() if s >= 0]
-        assert sorted(got) == sorted(want)
+@pytest.mark.parametrize("lengths", [(40,), (40, 31, 38)])
+def test_selection_is_the_topk_of_the_causal_scores(monkeypatch, lengths):
+    B, R, S, topk = len(lengths), 30, 40, 5
+    q, w, keys = normal(B, R, 16, 8), normal(B, R, 16, seed=1), normal(B, S, 8, seed=2)
+    slots = torch.randperm(B * S, generator=rng()).view(B, S)
+    pool = torch.full((B * S + 1, 8), float("nan"))
+    pool[slots] = keys
+    last = torch.tensor([[length - R + r for r in range(R)] for length in lengths])
+    seen = ops.Seen(torch.where(torch.arange(S) < torch.tensor(lengths)[:, None], slots, slots[:, :1]), last)
+    chosen = ops.select_slots(q, w, reader(pool), seen, topk)
+    scores = (w.double()[..., None] * (q.double() @ keys.double()[:, None].transpose(-1, -2)).relu()).sum(2)
+    for i, length in enumerate(lengths):
+        for r in range(R):
+            p = length - R + r
+            want = scores[i, r, : p + 1].topk(min(topk, p + 1)).indices
+            got = [s for s in chosen[i, r].tolist() if s >= 0]
+            assert sorted(got) == sorted(slots[i][want].tolist())
     monkeypatch.setattr(ops, "BLOCK_ELEMENTS", 1)  # one row at a time
-    assert torch.equal(ops.select_positions(q, w, keys, topk).sort().values, chosen.sort().values)
+    again = ops.select_slots(q, w, reader(pool), seen, topk)
+    assert torch.equal(again.sort().values, chosen.sort().values)
 
 
 @pytest.mark.parametrize("block", [1, 1 << 24])
@@ -75,7 +83,9 @@ def test_absorbed_attention_equals_expanded(monkeypatch, block):
     hidden = torch.arange(S) > positions[:, None]
     everything = torch.where(hidden, -1, torch.arange(S))
     for mixed in (
-        ops.attend_dense(absorbed[None], reader(context), (torch.arange(S)[None], hidden[None]), scale, c)[0],
+        ops.attend_dense(absorbed[None], reader(context), ops.Seen(torch.arange(S)[None], positions[None]), scale, c)[
+            0
+        ],
         ops.attend_selected(absorbed, reader(context), everything, scale, c),
     ):
         got = torch.einsum("thc,hvc->thv", mixed.double(), w_uv)
@@ -84,7 +94,7 @@ def test_absorbed_attention_equals_expanded(monkeypatch, block):
 
 def test_unselected_positions_do_not_matter():
     q, context = normal(2, 3, 6), normal(8, 6, seed=1)
-    selection = torch.tensor([[3, -1, -1], [7, 2, 4]])
+    selection = torch.tensor([[-1, 3, -1], [7, 2, 4]])
     want = ops.attend_selected(q, reader(context), selection, 0.5, 4)
     context[[0, 1, 5, 6]] = float("nan")
     assert torch.equal(ops.attend_selected(q, reader(context), selection, 0.5, 4), want)
