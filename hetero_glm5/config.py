@@ -398,6 +398,9 @@ class ServerConfig(Flags):
     reasoning_parser: str | None = flag(None, "separate reasoning from content", choices=("glm45",))
     tool_call_parser: str | None = flag(None, "turn tool-call text into tool_calls", choices=("glm47",))
     enable_auto_tool_choice: bool = flag(False, "what --tool-call-parser does anyway; needs it")
+    request_timeout: float | None = flag(
+        None, "seconds after which a request that is not finished ends with an error; default: never", at_least=0.001
+    )
     watchdog_timeout: float = flag(300.0, "seconds without progress after which the server gives up", at_least=1)
 
     def __post_init__(self) -> None:

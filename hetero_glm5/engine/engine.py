@@ -17,6 +17,7 @@ from hetero_glm5.core import (
     Batch,
     Drawn,
     LoadProgress,
+    QueueFull,
     RequestError,
     SamplingParams,
     Sequence,
@@ -60,6 +61,8 @@ STORE_PATIENCE = 0.002  # seconds between two looks at pages that are being read
 class Engine:
     """Made by Engine.load, which sets what may be missing: the drafter, and the page store. `clock` may be set to a
     core.Clock to measure the parts of each step."""
+
+    pool: HostPool
 
     def __init__(
         self,
@@ -153,7 +156,11 @@ class Engine:
         if timeout is not None:
             seq.deadline = time.monotonic() + timeout
         self.sampler.prepare(seq)
-        self.scheduler.add(seq)
+        try:
+            self.scheduler.add(seq)
+        except QueueFull:
+            self.sampler.forget(seq)
+            raise
         return seq
 
     def add_all(self, tokens: list[int], params: SamplingParams, **options: Any) -> list[Sequence]:
@@ -307,7 +314,7 @@ class Engine:
         prefixes = PrefixCache(
             PagePool(memory.kv_tokens // config.page_size, config.page_size),
             enabled=not config.disable_radix_cache,
-            key=store and store.key,
+            key=None if store is None else store.key,
         )
         stopping = Stopping(model_config.eos_token_ids, context_length, tokenizer)
         sampler = Sampler(model_config.eos_token_ids, tokenizer, model_config.vocab_size)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import time
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -32,24 +33,32 @@ log = logging.getLogger(__name__)
 
 QUEUED_BYTES = 2 << 30  # GLM-5: 290 pages, more than a prefill chunk finishes at once
 READERS = 4
+PATIENCE = 30  # seconds
 
 Restored = Callable[[Sequence[bytes], list[Page]], None]
 
 
 class Fetch:
-    """A run of pages on its way. It ends before the first page that turns out to be missing or damaged."""
+    """A run of pages on its way. It ends before the first page that turns out to be missing or damaged, or that has not
+    come after PATIENCE seconds: a disk that hangs must not hold a request for ever."""
 
     def __init__(self, keys: Sequence[bytes], pages: list[Page | None], restored: Restored):
         self.keys = keys
         self._pages, self._restored = pages, restored
         self._missing = deque(i for i, page in enumerate(pages) if page is None)
         self._reading = 0
+        self._patience = time.monotonic() + PATIENCE
         self._lock, self._finished = Lock(), Event()
         if not self._missing:
             self._finished.set()
 
     @property
     def done(self) -> bool:
+        if not self._finished.is_set() and time.monotonic() > self._patience:
+            log.warning("KV pages did not come from the disk within %d s; computing them instead", PATIENCE)
+            with self._lock:
+                self._missing.clear()
+                self._finished.set()
         return self._finished.is_set()
 
     @property
@@ -79,7 +88,7 @@ class Fetch:
     def deliver(self, index: int, page: Page | None) -> None:
         with self._lock:
             self._reading -= 1
-            if self.done:
+            if self._finished.is_set():
                 return
             self._pages[index] = page
             if page is None:

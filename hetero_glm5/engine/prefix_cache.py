@@ -87,7 +87,8 @@ class PrefixCache:
 
     def match(self, seq: Sequence, running: Iterable[Sequence] = ()) -> Match:
         """The longest known beginning of the sequence's tokens, but for the last token, whose logits are needed."""
-        node, nodes = self._roots.get(seq.salt), []
+        node = self._roots.get(seq.salt)
+        nodes: list[Node] = []
         size, tokens = self.pool.page_size, seq.tokens[:-1]
         if seq.reads_prompt or not self.enabled:
             return Match([])

@@ -35,13 +35,14 @@ class Runner:
         """fp32 [rows that draw, vocab], in the batch's order; also fills seq.logits and seq.prompt_logprobs where they
         are asked for."""
         self._fill_pages(batch)
+        self.computed = None
         if not batch.chunks:
             return self.model.lm_head.new_empty(0, len(self.model.lm_head), dtype=torch.float32)
         rows = self.tensors.rows(batch, clock)
         hidden = self.model.forward(rows, self.cache, self.experts)
         self.computed = Computed.of(batch, rows, hidden)
         with clock("lm_head"):
-            draws = []
+            draws: list[int] = []
             for chunk, segment in zip(batch.chunks, rows.segments, strict=True):
                 if chunk.seq.reads_prompt:
                     self._read(chunk, hidden[segment.rows])
@@ -66,9 +67,10 @@ class Runner:
         seq = chunk.seq
         if seq.logits is not None:
             seq.logits.append(self.model.logits(hidden).cpu())
-        if seq.prompt_logprobs is not None and seq.params.prompt_logprobs is not None:
-            following = torch.tensor(seq.tokens[chunk.start + 1 : seq.num_prompt][: len(hidden)], device=hidden.device)
-            for few, next_few in zip(hidden[: len(following)].split(FEW_ROWS), following.split(FEW_ROWS), strict=True):
+        following = seq.tokens[chunk.start + 1 : seq.num_prompt][: len(hidden)]
+        if seq.prompt_logprobs is not None and seq.params.prompt_logprobs is not None and following:
+            targets = torch.tensor(following, device=hidden.device)
+            for few, next_few in zip(hidden[: len(targets)].split(FEW_ROWS), targets.split(FEW_ROWS), strict=True):
                 logits = self.model.logits(few)
                 seq.prompt_logprobs += prompt_logprobs(logits, next_few, seq.params.prompt_logprobs)
 

@@ -239,13 +239,12 @@ class Scheduler:
 
     def _fetched(self, seq: Sequence, match: Match) -> bool:
         """Whether all that the store has of the sequence is here."""
-        first, fetch = self._fetches.get(seq, (None, None))
-        if fetch is None or first > len(match.nodes):  # pages were evicted since
+        if seq not in self._fetches or self._fetches[seq][0] > len(match.nodes):  # pages were evicted since
             self._cancel(seq)
             self._fetch(seq, match)
-            first, fetch = self._fetches.get(seq, (None, None))
-        if fetch is None:
+        if seq not in self._fetches:
             return True
+        first, fetch = self._fetches[seq]
         if fetch.done and first + len(fetch.pages) <= len(match.nodes):
             self._cancel(seq)  # nothing that the cache has not
         return fetch.done

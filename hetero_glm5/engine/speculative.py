@@ -60,7 +60,7 @@ class Drafter:
             todo[seq] = min(wanted, _useful(seq, context_length))
             if todo[seq] > 0 and not grow(seq, len(seq.tokens) - 1 + todo[seq]):
                 todo[seq] = 0
-        state = step.hidden[[last[seq] for seq in seqs]] if wanted else None
+        state = step.hidden[[last[seq] for seq in seqs]]
         for number in range(max(todo.values(), default=0)):
             kept = [i for i, seq in enumerate(seqs) if todo[seq] > number]
             if len(kept) < len(seqs):

@@ -23,6 +23,10 @@ class TextStream(Protocol):
 class Detokenizer(Protocol):
     def stream(self) -> TextStream: ...
 
+    def to_str(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        ...
+
 
 @dataclass
 class _Shown:

@@ -24,6 +24,7 @@ def record(llm: LLM, kinds: list[str], prompts: list[list[int]], params: Samplin
                 continue
             ids.append(recorder.take())
             computed = engine.runner.computed
+            assert computed is not None
             for (seq, first), segment in zip(computed.chunks, computed.rows.segments, strict=True):
                 decoded = first >= seq.num_prompt
                 rows += [(step, number[seq], first + i, decoded) for i in range(segment.stop - segment.start)]

@@ -89,6 +89,7 @@ def serve(config: EngineConfig, server_config: ServerConfig, listening: socket.s
     worker = EngineWorker(
         load,
         watchdog_timeout=server_config.watchdog_timeout,
+        request_timeout=server_config.request_timeout,
         on_progress=display.update,
         on_ready=ready,
         on_failure=failed,

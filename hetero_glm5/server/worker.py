@@ -76,11 +76,12 @@ class EngineWorker:
         load: Callable[[Report], Any],
         *,
         watchdog_timeout: float,
+        request_timeout: float | None = None,
         on_progress: Report = lambda progress: None,
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] = lambda: None,
     ):
-        self._load, self._timeout = load, watchdog_timeout
+        self._load, self._timeout, self._request_timeout = load, watchdog_timeout, request_timeout
         self._on_progress, self._on_ready, self._on_failure = on_progress, on_ready, on_failure
         self.state: State = "loading"
         self.failure: str | None = None
@@ -260,7 +261,7 @@ class EngineWorker:
         answer: Exception | None = None
         try:
             for tokens in generation.prompts:
-                added += self._engine.add_all(tokens, generation.params)
+                added += self._engine.add_all(tokens, generation.params, timeout=self._request_timeout)
         except Exception as error:  # one request's failure is not the others'
             answer = _told(error)
             for seq in added:

@@ -435,3 +435,18 @@ AgainstADictionary.TestCase.settings = settings(
     max_examples=40, stateful_step_count=30, deadline=None, derandomize=True
 )
 TestAgainstADictionary = AgainstADictionary.TestCase
+
+
+def test_a_disk_that_hangs_holds_nobody_for_ever(open_store, monkeypatch):
+    written(open_store(), 0, 1, 2).close()
+    store = open_store(host_bytes=0)
+    hang, read = threading.Event(), store._disk.read
+    monkeypatch.setattr(page_store, "PATIENCE", 0.05)
+    monkeypatch.setattr(store._disk, "read", lambda key: read(key) if key == NAMES[0] else hang.wait(20) and None)
+    fetch = store.fetch(NAMES[:3])
+    until = time.monotonic() + 10
+    while not fetch.done:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    assert [got.tolist() for got in fetch.pages] == [page(0).tolist()]
+    hang.set()

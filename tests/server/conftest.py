@@ -46,7 +46,7 @@ class FakeEngine:
     def num_running(self) -> int:
         return len(self.running)
 
-    def add_all(self, tokens: list[int], params: SamplingParams) -> list[Sequence]:
+    def add_all(self, tokens: list[int], params: SamplingParams, timeout: float | None) -> list[Sequence]:
         return [self.add(tokens, params)]
 
     def add(self, tokens: list[int], params: SamplingParams) -> Sequence:

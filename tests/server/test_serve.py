@@ -36,7 +36,7 @@ class Engine:
     @property
     def num_running(self):
         return len(self.running)
-    def add_all(self, tokens, params):
+    def add_all(self, tokens, params, timeout):
         return [self.add(tokens, params)]
     def add(self, tokens, params):
         self.running.append(Sequence(tokens, params, len(tokens)))
