@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Run
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Any, Protocol
 
 from hetero_glm5.config import EngineConfig
@@ -31,7 +31,7 @@ from hetero_glm5.core import (
     SlotCopy,
     TokenEvent,
 )
-from hetero_glm5.engine.prefix_cache import Match, PrefixCache, common
+from hetero_glm5.engine.prefix_cache import Match, PrefixCache
 from hetero_glm5.engine.stopping import Stopping
 
 INVALID_TOKEN = -1  # the sampler's answer to logits that are not finite
@@ -96,6 +96,7 @@ class Scheduler:
         self._arrivals = count()
         self._fetches: dict[Sequence, tuple[int, Fetch]] = {}  # and the number of the first page that is asked for
         self._deadlines = 0  # how many sequences have one
+        self._blocked: tuple[Sequence | None, int] = None, 0  # who found no room, and how many pages it needs
 
     def add(self, seq: Sequence) -> None:
         if len(self.waiting) >= self.config.max_queued_requests:
@@ -114,8 +115,10 @@ class Scheduler:
 
     def expire(self, now: float) -> list[TokenEvent]:
         """Ends the sequences whose deadline is past, by time.monotonic()."""
+        if not self._deadlines:
+            return []
         late = [s for s in (*self.running, *self.waiting) if s.deadline is not None and s.deadline <= now]
-        return [self._fail(seq, "the request's deadline has passed") for seq in late] if self._deadlines else []
+        return [self._fail(seq, "the request's deadline has passed") for seq in late]
 
     @property
     def waits_for_store(self) -> bool:
@@ -185,13 +188,17 @@ class Scheduler:
         still take."""
         cache = self.cache
         promised = sum(cache.pool.pages_for(len(s.tokens)) - len(s.pages) for s in self.running)
-        for seq in [*self.waiting]:
+        for seq in list(islice(self.waiting, self.config.max_running_requests)):
             if len(self.running) >= self.config.max_running_requests:
+                break
+            if seq is self._blocked[0] and promised + self._blocked[1] > cache.num_available:
                 break
             match = cache.match(seq, self.running)
             if self._awaits_neighbour(seq, match) or not self._fetched(seq, match):
                 continue
-            if promised + cache.new_pages(match, len(seq.tokens)) > cache.num_available:
+            need = cache.new_pages(match, len(seq.tokens))
+            if promised + need > cache.num_available:
+                self._blocked = seq, need
                 break
             self.waiting.remove(seq)
             cache.hold(seq, match)
@@ -213,14 +220,15 @@ class Scheduler:
 
     def _awaits_neighbour(self, seq: Sequence, match: Match) -> bool:
         """Whether a running prompt will soon have more whole pages of the sequence's beginning than are known."""
-        size, tokens = self.cache.pool.page_size, seq.tokens[:-1]
+        size, tokens = self.cache.pool.page_size, seq.tokens
         if not self.cache.enabled or seq.reads_prompt:
             return False
-        return any(
-            common(tokens, other.tokens) // size > max(len(match.nodes), other.num_computed // size)
-            for other in self.running
-            if other.salt == seq.salt and not other.decoding
-        )
+        for other in self.running:
+            end = (max(len(match.nodes), other.num_computed // size) + 1) * size
+            likely = other.salt == seq.salt and not other.decoding and end < min(len(tokens), len(other.tokens) + 1)
+            if likely and tokens[:end] == other.tokens[:end]:
+                return True
+        return False
 
     def _fetch(self, seq: Sequence, match: Match) -> None:
         """Asks the page store for the pages after those that were found."""
