@@ -1,0 +1,85 @@
+"""Grammars for answers that must be JSON, or must call a tool: Lark text for the engine's grammar (llguidance).
+
+    answer := [reasoning </think>] (json | call+)
+    call   := <tool_call> name (<arg_key> key </arg_key> <arg_value> value </arg_value>)* </tool_call>
+
+Tags are the tokenizer's own tokens. Text between them is anything that does not contain the tag that would end it, spelt
+out. A function's arguments come in its schema's order, all that it requires; a value is free text where the schema
+allows a string (as the parser reads it, server/tool_types.py), one of the strings of an enum, else JSON of its schema.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hetero_glm5.core import Grammar, RequestError
+from hetero_glm5.server.tool_types import allowed_types
+
+ANY_JSON: dict[str, Any] = {"type": "object"}
+REFERENCES = ("$defs", "definitions")  # where a schema's own parts may lie
+
+
+def json_answer(schema: dict[str, Any], *, thinking: bool) -> Grammar:
+    """JSON of `schema`, after the reasoning if the prompt has opened it."""
+    return _grammar([f"answer: %json {json.dumps(schema)}"], "answer", thinking)
+
+
+def tool_calls(tools: list[dict[str, Any]], *, thinking: bool, parallel: bool = True) -> Grammar:
+    """At least one call of one of `tools` (OpenAI's form); exactly one if not `parallel`. Raises RequestError."""
+    rules = [
+        f"answer: call{'+' if parallel else ''}",
+        f"call: <tool_call> ({' | '.join(f'f{i}' for i in range(len(tools)))}) </tool_call>",
+        _text("VALUE", "</arg_value>"),
+    ]
+    for i, tool in enumerate(tools):
+        rules += _function_rules(f"f{i}", tool["function"])
+    return _grammar(rules, "answer", thinking)
+
+
+def named(tools: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The tool that has the name. Raises RequestError."""
+    found = [tool for tool in tools if tool["function"]["name"] == name]
+    if not found:
+        raise RequestError(f"tool_choice names {name[:100]!r}, which is not among the tools.", "tool_choice")
+    return found
+
+
+def _grammar(rules: list[str], answer: str, thinking: bool) -> Grammar:
+    start = f"start: REASONING? </think> BLANK? {answer}" if thinking else f"start: {answer}"
+    between = [_text("REASONING", "</think>", "<tool_call>"), r"BLANK: /[ \n]{1,2}/"] if thinking else []
+    return Grammar("lark", "\n".join([start, *between, *rules]))
+
+
+def _function_rules(rule: str, function: dict[str, Any]) -> list[str]:
+    """The function's name, then an optional group for each argument, or a necessary one."""
+    schema = function.get("parameters")
+    schema = schema if isinstance(schema, dict) else {}
+    properties = schema.get("properties")
+    properties = properties if isinstance(properties, dict) else {}
+    required = schema.get("required")
+    required = set(map(str, required)) if isinstance(required, list) else set()
+    parts, rules = [], []
+    for i, (key, part) in enumerate(properties.items()):
+        pair = f"{rule}a{i}"
+        parts.append(pair if key in required else f"{pair}?")
+        rules.append(f"{pair}: <arg_key> {json.dumps(key)} </arg_key> <arg_value> {_value(part, schema)} </arg_value>")
+    return [f"{rule}: {' '.join([json.dumps(function['name']), *parts])}", *rules]
+
+
+def _value(part: Any, root: dict[str, Any]) -> str:
+    """What may stand between a value's tags."""
+    kinds = allowed_types(part, root)
+    choices = part.get("enum") if isinstance(part, dict) else None
+    if isinstance(choices, list) and choices and all(isinstance(choice, str) and choice for choice in choices):
+        return "(" + " | ".join(map(json.dumps, choices)) + ")"
+    if "string" in kinds or not isinstance(part, dict):
+        return "VALUE?"
+    shared = {name: root[name] for name in REFERENCES if name in root}
+    return f"%json {json.dumps(shared | part)}"
+
+
+def _text(name: str, *ends: str) -> str:
+    """A lexeme of any text without the tags that would end it."""
+    without = " & ".join(f"~/(.|\\n)*{end.replace('/', chr(92) + '/')}(.|\\n)*/" for end in ends)
+    return f"{name}: /(.|\\n)+/ & {without}"
