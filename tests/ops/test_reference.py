@@ -30,6 +30,7 @@ def test_rope_rotates_neighbouring_pairs():
                 got = torch.view_as_complex(turned[t, h, 2 * j : 2 * j + 2].double())
                 assert abs(got - want) < 1e-6
     assert torch.equal(turned[0], x[0])
+    assert ops.rope(x[:0], ops.rotations(positions[:0], 8, theta)).shape == (0, 3, 8)
 
 
 def test_norms_against_float64():
