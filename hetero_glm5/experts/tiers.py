@@ -51,6 +51,7 @@ class ExpertTiers:
         self.deferred = 0
         self.slot_of = torch.tensor(slot_of, device=device.slots.device)
         self._slot_of = slot_of.copy()  # the same, here
+        self._look()
         self._index = {layer: i for i, layer in enumerate(layers)}
         self._late: Join | None = None  # what the previous layer deferred
 
@@ -85,7 +86,7 @@ class ExpertTiers:
         index = self._index[layer]
         late, self._late = self._late, None
         if self.recording is not None:
-            self.recording.routed(index, ids, self._slot_of[index] >= 0)
+            self.recording.routed(index, ids, self._resident[index])
         if self.adaptation is not None:
             self.adaptation.routed(index, ids)
         if self.divided is not None and len(x) >= self.divided.threshold:
@@ -99,9 +100,9 @@ class ExpertTiers:
 
     def _split(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, clock) -> list[Join]:
         index, parts = self._index[layer], []
-        slots = self.slots(layer)[ids]
-        if (self._slot_of[index] < 0).any():
-            on_host = ids.masked_fill(slots >= 0, -1)
+        slots = self.slots(layer)[ids] if self._on_device[index] else None
+        if self._on_host[index]:
+            on_host = ids if slots is None else ids.masked_fill(slots >= 0, -1)
             with clock("host_experts"):
                 if self.deferred and index + 1 < len(self._index):
                     later = smallest(on_host, weights, self.deferred)
@@ -109,7 +110,7 @@ class ExpertTiers:
                     self._late = self._start_host(layer, x, on_host.masked_fill(~later, -1), weights)
                 else:
                     parts.append(self._start_host(layer, x, on_host, weights))
-        if (self._slot_of[index] >= 0).any():
+        if slots is not None:
             with clock("device_experts"):
                 y = self.device(x, slots, weights)
             parts.append(lambda: y)
@@ -126,7 +127,7 @@ class ExpertTiers:
             elsewhere = torch.from_numpy(~on_host).to(ids.device)[ids]
             with clock("host_experts"):
                 parts.append(self._start_host(layer, x, ids.masked_fill(elsewhere, -1), weights))
-        if (self._slot_of[index] >= 0).any():
+        if self._on_device[index]:
             with clock("device_experts"):
                 resident = self.device(x, self.slots(layer)[ids], weights)
             parts.append(lambda: resident)
@@ -147,7 +148,13 @@ class ExpertTiers:
         if len(changed[0]):
             values = slot_of[changed]
             self._slot_of[changed] = values
+            self._look()
             self.slot_of[tuple(map(torch.from_numpy, changed))] = torch.from_numpy(values).to(self.slot_of.device)
+
+    def _look(self) -> None:
+        """Which experts the device holds, and which layers have any on either side."""
+        self._resident = self._slot_of >= 0
+        self._on_device, self._on_host = self._resident.any(1).tolist(), (~self._resident).any(1).tolist()
 
     def _start_host(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Join:
         if self.stream is None:
