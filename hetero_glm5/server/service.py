@@ -94,8 +94,9 @@ class Service:
         params = asked.sampling(self.defaults, asked.grammar(thinking=thinking))
 
         def parser() -> OutputParser:
-            tools = asked.offered_tools if self.config.tool_call_parser is not None else None
-            return OutputParser(thinking=thinking, reasoning=reasoning, tools=tools, parallel=asked.parallel)
+            return OutputParser(
+                thinking=thinking, reasoning=reasoning, tools=asked.offered_tools, parallel=asked.parallel
+            )
 
         collector = ChatCollector(prompt, parser, params, self.tokenizer, counts_reasoning=reasoning)
         return await self._answer(request, asked, [prompt], params, collector)
