@@ -219,12 +219,12 @@ class PrefixCache:
         return self._roots.setdefault(salt, Node(NO_PAGE, (), None, salt=salt))
 
     def _insert(self, above: Node, page: int, tokens: Tokens) -> Node:
-        for shorter in self._prefixes(above, tokens):
-            if not shorter.users:
-                self._remove(shorter)
         node = above.children[tokens] = Node(page, tokens, above)
         insort(above.order, tokens)
         self._idle += 1
+        for shorter in self._prefixes(above, tokens):
+            if not shorter.users:
+                self._remove(shorter)
         return node
 
     def _prefixes(self, above: Node, tokens: Tokens) -> list[Node]:

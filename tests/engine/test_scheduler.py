@@ -238,6 +238,16 @@ def test_copies_of_one_prompt_share_all_of_it():
     assert world.scheduler.counts.prefilled_tokens <= len(prompt) + 3 * PAGE
 
 
+def test_a_longer_leaf_takes_the_place_of_a_shorter():
+    world = World(8)
+    for prompt in ([1, 1], [1, 1, 2], [1, 1, 2, 3, 0]):
+        world.scheduler.add(request(prompt, 1))
+        world.drain()
+    match = world.scheduler.cache.match(request([1, 1, 2, 3, 0, 0], 1))
+    assert len(match.nodes) == 1 and match.part == 1
+    assert world.scheduler.cache.num_kept == 2, "what says nothing more is not kept"
+
+
 def test_salts_are_apart():
     world = World(40)
     prompt = continuation([1], 20)
