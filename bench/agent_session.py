@@ -24,7 +24,6 @@ from hetero_glm5.demo.corpus.words import Draw
 from hetero_glm5.engine.engine import Engine
 from hetero_glm5.server.tokenizer import Tokenizer
 
-ANSWER = SamplingParams(max_tokens=48, temperature=0.0)
 RULES = "You are an agent of a workshop. Answer in one sentence, and use a tool where one helps."
 SUB_AGENTS = {"reader": "Your task is to read what the files say.", "planner": "Your task is to plan the next days."}
 CANCELS = {4: "prefill", 7: "decode"}  # by the number of the round modulo 8
@@ -138,10 +137,11 @@ class Record:
 
 
 class Session:
-    """Goes on from where `record` ends."""
+    """Goes on from where `record` ends. Answers are greedy and have at most `answer` tokens."""
 
-    def __init__(self, agents: list[Agent], record: Record):
+    def __init__(self, agents: list[Agent], record: Record, answer: int):
         self.agents, self.record = agents, record
+        self._params = SamplingParams(answer, temperature=0.0)
         for agent in agents:
             for output in record.of(agent):
                 agent.advance(output)
@@ -177,7 +177,7 @@ class Session:
     def _send(self, engine: Engine, agent: Agent) -> Sequence:
         self.record.prompts.append(agent.ids)
         self.record.known.append(len(self.record.answers))
-        return engine.add(agent.ids, ANSWER)
+        return engine.add(agent.ids, self._params)
 
 
 def _within(seq: Sequence, part: str) -> bool:

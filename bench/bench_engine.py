@@ -143,7 +143,7 @@ def play(
     context = options.tokens + 1024
     engine = load(options, chunked_prefill_size=64, max_total_tokens=pool, context_length=context, **flags)
     tokenizer = Tokenizer.from_folder(engine.config.model)
-    Session(cast(tokenizer, options.turns, options.tokens), record).run(engine, rounds, dies)
+    Session(cast(tokenizer, options.turns, options.tokens), record, options.answer).run(engine, rounds, dies)
     engine.close()
 
 
@@ -369,7 +369,11 @@ COMMANDS: dict[str, tuple[Callable[[Options], None], str, str, dict[str, tuple[i
         replay,
         "float32",
         "an agent's session: tokens prefilled for each new one, restarts included",
-        {"turns": (40, "requests of the main agent"), "tokens": (6000, "of its last prompt, about")},
+        {
+            "turns": (40, "requests of the main agent"),
+            "tokens": (6000, "of its last prompt, about"),
+            "answer": (48, "tokens of an answer at most"),
+        },
     ),
     "drafting": (
         drafting,
