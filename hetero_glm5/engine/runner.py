@@ -83,5 +83,5 @@ class Runner:
         finite = self.computed.hidden.isfinite().all(-1).tolist()
         if all(finite):
             return []
-        segments = [segment.rows for segment in self.computed.rows.segments]
-        return [i for i, rows in enumerate(segments) if not all(finite[rows])]
+        pairs = enumerate(zip(batch.chunks, self.computed.rows.segments, strict=True))
+        return [i for i, (chunk, rows) in pairs if not all(finite[rows.start : rows.stop - chunk.num_draws])]

@@ -23,7 +23,6 @@ from hetero_glm5.engine.scheduler import INVALID_TOKEN
 
 FEW = 256  # candidates nearly always hold top_k and top_p; sorting 150,000 takes 10 ms on a CPU core
 BLOCK = 32  # rows of prompt log-probabilities at a time
-NOT_FINITE = "the model's logits are not finite for this request"
 MASK, GOLDEN = 2**64 - 1, 0x9E3779B97F4A7C15
 
 Row = tuple[Chunk, int]  # one that draws, and how many of the chunk's drafts it assumes
@@ -83,7 +82,7 @@ class Sampler:
                 drawn[i] = Drawn(drawn[i].token, detail.logprob, detail.top[:top])
         for i, one in enumerate(drawn):
             if i in errors or one.token == INVALID_TOKEN:
-                drawn[i] = Drawn(INVALID_TOKEN, error=errors.get(i, NOT_FINITE))
+                drawn[i] = Drawn(INVALID_TOKEN, error=errors.get(i))
         rest = iter(drawn)
         return [_accepted(chunk, list(islice(rest, chunk.num_draws))) for chunk in batch.chunks]
 

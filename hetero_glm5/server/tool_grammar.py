@@ -3,7 +3,7 @@
     answer := [reasoning </think>] (json | call+)
     call   := <tool_call> name (<arg_key> key </arg_key> <arg_value> value </arg_value>)* </tool_call>
 
-Tags are the tokenizer's own tokens. Text between them is anything that does not contain the tag that would end it, spelt
+Tags are the tokenizer's own tokens. Text between them is anything without the tag that would end it, spelt
 out. A function's arguments come in its schema's order, all that it requires; a value is free text where the schema
 allows a string (as the parser reads it, server/tool_types.py), one of the strings of an enum, else JSON of its schema.
 """
