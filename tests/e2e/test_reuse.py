@@ -154,7 +154,7 @@ def test_drafts_that_are_right_and_wrong(start, plain, right, flags):
 
 @pytest.mark.parametrize("flags", [{}, MTP, {"kv_host_size": 0.01}, {"kv_host_size": 0.01, "chunked_prefill_size": 5}])
 def test_preemption(start, plain, flags):
-    llm = start(max_total_tokens=96, **flags)
+    llm = start(max_total_tokens=80, **flags)
     assert tokens(talk(llm)) == plain["float32"]
     assert llm.engine.scheduler.counts.preemptions > 0
     if "kv_host_size" in flags:
@@ -258,9 +258,9 @@ def sampled(folder):
     ("drafts", "flags"),
     [
         (None, {"chunked_prefill_size": 3}),
-        (None, {"max_total_tokens": 96}),
+        (None, {"max_total_tokens": 80}),
         (0.0, {"max_running_requests": 1}),
-        (0.6, {"max_total_tokens": 96, "kv_host_size": 0.01}),
+        (0.6, {"max_total_tokens": 80, "kv_host_size": 0.01}),
         (1.0, {}),
     ],
 )
