@@ -20,6 +20,7 @@ import gc
 import json
 import multiprocessing
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -129,6 +130,8 @@ def replayed(options: Options, drafting: bool, way: str, folder: Path) -> Record
         child = multiprocessing.get_context("spawn").Process(target=play, args=arguments)
         child.start()
         child.join()
+        if child.exitcode != -signal.SIGKILL:
+            sys.exit(f"bench_engine: the process to be killed ended with {child.exitcode} before that.")
         record = Record.read(path)
     play(options, drafting, record, range(half, options.turns), pages)
     return record
@@ -139,9 +142,8 @@ def play(
 ) -> None:
     """Rounds of the session with an engine of their own."""
     flags = (MTP if drafting else {}) | ({"kv_disk_path": pages} if pages else {})
-    pool = 8 * options.tokens
-    context = options.tokens + 1024
-    engine = load(options, chunked_prefill_size=64, max_total_tokens=pool, context_length=context, **flags)
+    flags |= {"max_total_tokens": 8 * options.tokens, "context_length": options.tokens + 1024}
+    engine = load(options, chunked_prefill_size=64, **flags)
     tokenizer = Tokenizer.from_folder(engine.config.model)
     Session(cast(tokenizer, options.turns, options.tokens), record, options.answer).run(engine, rounds, dies)
     engine.close()
@@ -159,10 +161,6 @@ class Run:
     @property
     def tokens(self) -> int:
         return sum(map(len, self.outputs))
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
 
     @property
     def decode_rate(self) -> float:
