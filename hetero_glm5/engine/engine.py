@@ -116,6 +116,8 @@ class Engine:
                 self.drafter.draft(computed, self.scheduler.cache.grow, self.context_length)
         fresh = self.scheduler.cache.take_fresh()
         if self.store is not None and fresh:
+            if self.drafter is not None:
+                self.drafter.catch_up(self.clock)
             fresh = [node for node in fresh if node.key not in self.store]
             contents = self.runner.read_pages([node.page for node in fresh]).numpy()
             for node, content in zip(fresh, contents, strict=True):

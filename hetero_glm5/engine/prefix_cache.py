@@ -156,6 +156,8 @@ class PrefixCache:
     def grow(self, seq: Sequence, tokens: int) -> bool:
         """Gives the sequence pages to hold so many tokens; False, and nothing taken, if there are too few."""
         missing = self.pool.pages_for(tokens) - len(seq.pages)
+        if missing <= 0:
+            return True
         if missing > self.num_available:
             return False
         while self.pool.num_free < missing:

@@ -47,7 +47,7 @@ class Runner:
                 if chunk.seq.reads_prompt:
                     self._read(chunk, hidden[segment.rows])
                 draws += range(segment.stop - chunk.num_draws, segment.stop)
-            return self.model.logits(hidden[draws])
+            return self.model.logits(hidden if len(draws) == len(hidden) else hidden[draws])
 
     def _fill_pages(self, batch: Batch) -> None:
         if batch.restored:

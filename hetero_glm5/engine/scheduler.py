@@ -120,7 +120,7 @@ class Scheduler:
             while seq in self.running and not self.cache.grow(seq, len(seq.tokens)):
                 self._preempt(self.running[-1])
             if seq in self.running:
-                fits = self.cache.grow(seq, len(seq.tokens) + len(seq.drafts))
+                fits = not seq.drafts or self.cache.grow(seq, len(seq.tokens) + len(seq.drafts))
                 chunks.append(Chunk(seq, 1, seq.drafts if fits else ()))
         return chunks
 

@@ -21,7 +21,9 @@ from hetero_glm5.engine.batch import BatchTensors
 from hetero_glm5.engine.draft_depth import DraftDepth
 from hetero_glm5.model.moe import Experts
 from hetero_glm5.model.mtp import MTP
-from hetero_glm5.model.state import Cache, Rows
+from hetero_glm5.model.state import Cache, Clocked, Rows
+
+TOGETHER = 16  # rows whose keys are made together at the latest
 
 Grow = Callable[[Sequence, int], bool]  # gives a sequence pages for so many tokens, if there are any
 
@@ -45,6 +47,9 @@ class Drafter:
 
     def __init__(self, mtp: MTP, experts: Experts, cache: Cache, tensors: BatchTensors, depth: DraftDepth):
         self.mtp, self.experts, self.cache, self.tensors, self.depth = mtp, experts, cache, tensors, depth
+        self._following: list[int] = []  # of the rows whose keys are to be made, the tokens after them,
+        self._places: list[Tensor] = []  # positions and slots [2, rows], on the CPU,
+        self._hidden: list[Tensor] = []  # and hidden states [rows, hidden]
 
     @torch.inference_mode()
     def draft(self, step: Computed, grow: Grow, context_length: int) -> None:
@@ -81,24 +86,33 @@ class Drafter:
                 seq.drafts += (token,)
 
     def _remember(self, step: Computed, known: dict[Sequence, range], drafting: Container[Sequence]) -> None:
-        """Makes the keys of the known rows, but for the last one of a sequence that is drafted for: drafting does."""
+        """Notes the known rows, but for the last one of a sequence that is drafted for: drafting makes its key. While
+        nothing is drafted and nothing ends, the keys of several steps are made together."""
         kept: list[int] = []
-        following: list[int] = []
+        ended = False
         for seq, first in step.chunks:
             rows = known.get(seq, range(0))
             rows = rows[: len(rows) - (seq in drafting)]
             kept += rows
-            following += seq.tokens[first + 1 : first + 1 + len(rows)]
+            self._following += seq.tokens[first + 1 : first + 1 + len(rows)]
+            ended = ended or not seq.decoding
         if kept:
-            at = torch.tensor(kept, device=step.hidden.device)
-            keys = Rows(
-                token_ids=torch.tensor(following, device=step.hidden.device),
-                positions=step.rows.positions[at],
-                slots=step.rows.slots[at],
-                segments=[],
-                clock=step.rows.clock,
-            )
-            self.mtp.remember(step.hidden[at], keys, self.cache)
+            at = torch.tensor(kept)
+            self._places.append(self.tensors.places[:, at])
+            self._hidden.append(step.hidden[at.to(step.hidden.device)])
+        if drafting or ended or len(self._following) >= TOGETHER:
+            self.catch_up(step.rows.clock)
+
+    def catch_up(self, clock: Clocked) -> None:
+        """Makes the keys of the rows that were noted. (Should a row's page have gone to another sequence meanwhile, that
+        one's drafts may be worse for it; no token depends on these keys.)"""
+        if not self._following:
+            return
+        hidden = torch.cat(self._hidden)
+        positions, slots = torch.cat(self._places, 1).to(hidden.device)
+        tokens = torch.tensor(self._following, device=hidden.device)
+        self._following, self._places, self._hidden = [], [], []
+        self.mtp.remember(hidden, Rows(tokens, positions, slots, segments=[], clock=clock), self.cache)
 
 
 def _known(step: Computed) -> dict[Sequence, range]:
