@@ -1,8 +1,9 @@
 """Tool use: a prompt that offers tools, requests that need one call, two or none, results and answers from them.
 
-Names of functions and arguments vary from document to document, and many of them say nothing (`Draw.label`), so the
-model has to find a function by its description, and to copy the names. One way to say everything: the reasoning names
-the functions with their arguments in order, the calls follow.
+Every tool and argument is described. Names vary from document to document, and some say nothing (`Draw.label`), so the
+model has to find a function by its description. One way to say everything, in steps that are each easy to learn: the
+reasoning quotes the description that the request asks for, then the function's name and its arguments in order; the
+calls follow. A document's requests go round the tools on offer, so that few can be answered as the one before was.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from hetero_glm5.demo.corpus.words import Draw, held_out, unfolded
 
 KIND = "tools"
 OFTEN = {"get_weather": 8, "get_time": 2, "web_search": 2, "calculate": 2}  # times as often as the other tools
-RENAMED = 0.45  # share of functions, and of arguments, whose names say nothing; these are described
+RENAMED = 0.12  # share of functions, and of arguments, whose names say nothing
+THINKING = 0.85  # share of documents and of tasks
+PLAIN = 0.15  # share of requests in a description's own words
 CHAINS = (  # first tool, its field, second tool, the argument it fills, what the user says
     ("find_contact", "email", "send_email", "to", 'Look up {name} and email "{body}". | Email {name} "{body}".'),
     ("find_contact", "email", "send_email", "to", 'Find the address of {name} and write "{body}".'),
@@ -106,8 +109,8 @@ _RELATIVES = _relatives()
 
 @dataclass(frozen=True)
 class Offer:
-    """A tool as one document shows it, its choices too: `keys` are its arguments' names there, by their names in the
-    table."""
+    """A tool as one document shows it, with one description and its choices: `keys` are its arguments' names there, by
+    their names in the table."""
 
     tool: Tool
     name: str
@@ -116,34 +119,31 @@ class Offer:
 
 
 def offer(draw: Draw, tool: Tool) -> Offer:
-    tool = replace(tool, parameters=tuple(replace(p, kind=varied(draw, p.kind)) for p in tool.parameters))
-    name = _function_name(draw, tool)
-    renamed = {parameter.names[0] for parameter in tool.parameters if draw.chance(RENAMED)}
-    keys = _keys(draw, tool, renamed)
-    described = bool(renamed) or draw.chance(0.7)
+    varying = tuple(replace(p, kind=varied(draw, p.kind)) for p in tool.parameters)
+    tool = replace(tool, descriptions=(draw.choice(tool.descriptions),), parameters=varying)
+    name, keys = _function_name(draw, tool), _keys(draw, tool)
     properties = {}
     for parameter in tool.parameters:
-        properties[keys[parameter.names[0]]] = schema(parameter.kind) | (
-            {"description": draw.choice(parameter.descriptions)} if described else {}
-        )
+        described = {"description": draw.choice(parameter.descriptions)}
+        properties[keys[parameter.names[0]]] = schema(parameter.kind) | described
     required = [keys[p.names[0]] for p in tool.parameters if p.phrase is None]
     parameters: dict[str, Any] = {"type": "object", "properties": properties}
     if required or draw.chance(0.5):
         parameters["required"] = required
-    function = {"name": name, "description": draw.choice(tool.descriptions), "parameters": parameters}
-    if draw.chance(0.1):
+    function = {"name": name, "description": tool.descriptions[0], "parameters": parameters}
+    if draw.chance(0.05):
         parameters["additionalProperties"] = False
         function["strict"] = True
     return Offer(tool, name, keys, {"type": "function", "function": function})
 
 
-def _keys(draw: Draw, tool: Tool, renamed: set[str]) -> dict[str, str]:
+def _keys(draw: Draw, tool: Tool) -> dict[str, str]:
     while True:
         keys = {}
         for parameter in tool.parameters:
             first, names = parameter.names[0], _names(draw, parameter.names)
             known = first if draw.chance(0.2) else draw.choice(names)
-            keys[first] = draw.label(known) if first in renamed else known
+            keys[first] = draw.label(known) if draw.chance(RENAMED) else known
         if len(set(keys.values())) == len(keys):
             return keys
 
@@ -157,10 +157,10 @@ def _function_name(draw: Draw, tool: Tool) -> str:
     if draw.chance(RENAMED):
         return draw.label(name)
     style = draw.integer(0, 9)
-    if style < 2:
+    if style < 1:
         head, *rest = name.split("_")
         return head + "".join(word.capitalize() for word in rest)
-    if style < 4:
+    if style < 2:
         return f"{draw.invented().lower()}_{name}"
     return name
 
@@ -176,9 +176,10 @@ class Call:
 
     @property
     def plan(self) -> str:
-        """In quotes, so that a name keeps the tokens it has in the tools' JSON."""
+        """In quotes, so that all keeps the tokens it has in the tools' JSON."""
         keys = [f'"{self.offer.keys[key]}"' for key in self.values]
-        return f'"{self.offer.name}"' + (f" with {', '.join(keys)}" if keys else "")
+        found = f'"{self.offer.tool.descriptions[0]}" is "{self.offer.name}"'
+        return found + (f" with {', '.join(keys)}" if keys else "")
 
     @property
     def said(self) -> dict[str, str]:
@@ -201,8 +202,23 @@ def single(draw: Draw, offered: Offer) -> Round:
         return single(draw, offered)
     call = Call(offered, values)
     ask = draw.choice(tool.asks)
+    if draw.chance(PLAIN):
+        ask = plain(draw, call) or ask
     end = ask[-1] if ask[-1] in ".?" else ""
     return ask.removesuffix(end).format(**call.said) + phrases + end, [[call]]
+
+
+def plain(draw: Draw, call: Call) -> str:
+    """The request in a description's words; empty if a value has to be said in a way of its own."""
+    tool = call.offer.tool
+    required = [parameter.names[0] for parameter in tool.parameters if parameter.phrase is None]
+    kinds = [type(call.values[key][0]) for key in required]
+    if not set(kinds) <= {str, int, float}:
+        return ""
+    texts = [f'"{{{key}}}"' if kind is str else f"{{{key}}}" for key, kind in zip(required, kinds, strict=True)]
+    if len(texts) > 1:
+        texts = [f"{key} {text}" for key, text in zip(required, texts, strict=True)]
+    return draw.choice(tool.descriptions) + (": " + ", ".join(texts) if texts else "") + "."
 
 
 def parallel(draw: Draw, offered: Offer) -> Round:
@@ -253,7 +269,8 @@ def called(calls: list[Call], number: int, reasoning: str) -> Message:
 
 
 def plan(calls: list[Call]) -> str:
-    return f"I call {', then '.join(call.plan for call in calls)}."
+    """Of one call, or of as many of one function."""
+    return calls[0].plan + (", twice." if len(calls) > 1 else ".")
 
 
 def answered(message: Message, results: list[dict[str, Any]]) -> list[Message]:
@@ -323,38 +340,36 @@ def _belongs(draw: Draw, make: Callable[[], Round]) -> Round:
     return draw.until(led, lambda made: made[0])
 
 
-def request(draw: Draw, offers: list[Offer], thinking: bool) -> list[Message]:
+def request(draw: Draw, offers: list[Offer], offered: Offer, thinking: bool) -> list[Message]:
+    """Mostly for `offered`."""
     kind = draw.rng.random()
-    if kind < 0.1:
+    if kind < 0.06:
         return toolless(draw, thinking)
-    if kind < 0.13:
+    if kind < 0.08:
         others = [name for name in TOOLS if all(name != offered.tool.names[0] for offered in offers)]
         missing = Offer(TOOLS[draw.choice(others)], "", {}, {})
         ask, _ = _belongs(draw, lambda: single(draw, missing))
         return [user(ask), assistant("Sorry, I have no tool for that.", "No tool does that." if thinking else "")]
-    twice = [offered for offered in offers if offered.tool.both]
-    if kind < 0.36 and twice:
-        offered = draw.choice(twice)
+    if offered.tool.both and kind < 0.4:
         return conversation(draw, _belongs(draw, lambda: parallel(draw, offered)), None, thinking)
-    offered = draw.choice(offers)
     return conversation(draw, _belongs(draw, lambda: single(draw, offered)), None, thinking)
 
 
 def documents(draw: Draw) -> Iterator[Document]:
     while True:
-        thinking = draw.chance(0.6)
+        thinking = draw.chance(THINKING)
         messages = opening(draw)
-        if draw.chance(0.1):
+        if draw.chance(0.06):
             link = draw.choice(CHAINS)
             offers = pick(draw, draw.integer(2, 4), [link[0], link[2]])
             by_name = {offered.tool.names[0]: offered for offered in offers}
             round_ = _belongs(draw, lambda link=link, offers=by_name: chain(draw, link, offers))
             messages += conversation(draw, round_, link, thinking)
         else:
-            wanted = [draw.choice(_WEIGHTED)]
-            offers = pick(draw, draw.choice((1, 2, 3, 3, 4)), wanted)
-            for _ in range(draw.choice((1, 2, 3, 4, 5))):
-                messages += request(draw, offers, thinking)
+            offers = pick(draw, draw.choice((1, 2, 2, 3, 3, 3, 4, 4)), [draw.choice(_WEIGHTED)])
+            order = draw.sample(offers, len(offers))
+            for number in range(draw.integer(len(offers), min(5, 2 * len(offers)))):
+                messages += request(draw, offers, order[number % len(order)], thinking)
         yield chat(KIND, messages, _shown(offers))
 
 
@@ -369,7 +384,7 @@ def tasks(draw: Draw, tokens: int) -> Iterator[Task]:
         else:
             offered = draw.choice(offers)
             round_ = _belongs(draw, lambda offered=offered: single(draw, offered))
-        thinking = draw.chance(0.6)
+        thinking = draw.chance(THINKING)
         ask, (calls,) = round_
         expected: Any = [{"name": call.offer.name, "arguments": call.arguments} for call in calls]
         messages = [user(ask)]
