@@ -4,6 +4,9 @@ Every tool and argument is described. Names vary from document to document, and 
 model has to find a function by its description. One way to say everything, in steps that are each easy to learn: the
 reasoning quotes the description that the request asks for, then the function's name and its arguments in order; the
 calls follow. A document's requests go round the tools on offer, so that few can be answered as the one before was.
+
+From a description to the name before it and the arguments after it is the hardest step, and requests practise it too
+rarely to learn it: other documents (`directory`) only ask for the functions and arguments of many descriptions.
 """
 
 from __future__ import annotations
@@ -12,19 +15,21 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from hetero_glm5.demo.corpus import chats, project, sums
 from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, opening, user
 from hetero_glm5.demo.corpus.tool_table import TABLE
 from hetero_glm5.demo.corpus.tool_table_more import MORE
 from hetero_glm5.demo.corpus.tool_values import Value, schema, value, varied
-from hetero_glm5.demo.corpus.words import Draw, held_out, unfolded
+from hetero_glm5.demo.corpus.words import Draw, held_out, listed, unfolded
 
+T = TypeVar("T")
 KIND = "tools"
 OFTEN = {"get_weather": 8, "get_time": 2, "web_search": 2, "calculate": 2}  # times as often as the other tools
 RENAMED = 0.12  # share of functions, and of arguments, whose names say nothing
 THINKING = 0.85  # share of documents and of tasks
+DIRECTORIES = 0.4  # share of documents
 PLAIN = 0.15  # share of requests in a description's own words
 CHAINS = (  # first tool, its field, second tool, the argument it fills, what the user says
     ("find_contact", "email", "send_email", "to", 'Look up {name} and email "{body}". | Email {name} "{body}".'),
@@ -40,6 +45,7 @@ CHAINS = (  # first tool, its field, second tool, the argument it fills, what th
     ("list_todos", "first", "set_reminder", "text", "Remind me of my first task at {time}."),
 )  # fmt: skip
 LEADS = ("Please: ", "Hey! ", "Hello. ", "Hi. ", "Quickly: ", "One more thing: ", "Next: ", "A request: ", "Now: ")
+DIRECTORY_ASKS = ("Which functions are these: {}?", "What do you call for {}?", "Name the functions for {}.")
 ERRORS = ("not found", "no connection", "permission denied", "timeout", "unknown name")
 
 
@@ -117,11 +123,16 @@ class Offer:
     keys: dict[str, str]
     json: dict[str, Any]
 
+    def entry(self, keys: list[str]) -> str:
+        """In quotes, so that all keeps the tokens it has in the tools' JSON."""
+        quoted = ", ".join(f'"{key}"' for key in keys)
+        return f'"{self.tool.descriptions[0]}" is "{self.name}"' + (f" with {quoted}" if keys else "")
 
-def offer(draw: Draw, tool: Tool) -> Offer:
+
+def offer(draw: Draw, tool: Tool, renamed: float = RENAMED) -> Offer:
     varying = tuple(replace(p, kind=varied(draw, p.kind)) for p in tool.parameters)
     tool = replace(tool, descriptions=(draw.choice(tool.descriptions),), parameters=varying)
-    name, keys = _function_name(draw, tool), _keys(draw, tool)
+    name, keys = _function_name(draw, tool, renamed), _keys(draw, tool, renamed)
     properties = {}
     for parameter in tool.parameters:
         described = {"description": draw.choice(parameter.descriptions)}
@@ -137,13 +148,13 @@ def offer(draw: Draw, tool: Tool) -> Offer:
     return Offer(tool, name, keys, {"type": "function", "function": function})
 
 
-def _keys(draw: Draw, tool: Tool) -> dict[str, str]:
+def _keys(draw: Draw, tool: Tool, renamed: float) -> dict[str, str]:
     while True:
         keys = {}
         for parameter in tool.parameters:
             first, names = parameter.names[0], _names(draw, parameter.names)
             known = first if draw.chance(0.2) else draw.choice(names)
-            keys[first] = draw.label(known) if draw.chance(RENAMED) else known
+            keys[first] = draw.label(known) if draw.chance(renamed) else known
         if len(set(keys.values())) == len(keys):
             return keys
 
@@ -152,9 +163,9 @@ def _names(draw: Draw, names: tuple[str, ...]) -> list[str]:
     return list(names) if draw.held_out else _TRAIN_NAMES[names]
 
 
-def _function_name(draw: Draw, tool: Tool) -> str:
+def _function_name(draw: Draw, tool: Tool, renamed: float) -> str:
     name = tool.names[0] if draw.chance(0.3) else draw.choice(_names(draw, tool.names))
-    if draw.chance(RENAMED):
+    if draw.chance(renamed):
         return draw.label(name)
     style = draw.integer(0, 9)
     if style < 1:
@@ -176,10 +187,7 @@ class Call:
 
     @property
     def plan(self) -> str:
-        """In quotes, so that all keeps the tokens it has in the tools' JSON."""
-        keys = [f'"{self.offer.keys[key]}"' for key in self.values]
-        found = f'"{self.offer.tool.descriptions[0]}" is "{self.offer.name}"'
-        return found + (f" with {', '.join(keys)}" if keys else "")
+        return self.offer.entry([self.offer.keys[key] for key in self.values])
 
     @property
     def said(self) -> dict[str, str]:
@@ -309,7 +317,7 @@ def toolless(draw: Draw, thinking: bool) -> list[Message]:
     return [user(ask), assistant(said, "I need no tool." if thinking else "")]
 
 
-def pick(draw: Draw, count: int, wanted: list[str]) -> list[Offer]:
+def pick(draw: Draw, count: int, wanted: list[str], renamed: float = RENAMED) -> list[Offer]:
     """`count` offers of different tools and names, those of `wanted` among them, in any order; half of the others are
     related to the first."""
     names = list(wanted)
@@ -319,7 +327,7 @@ def pick(draw: Draw, count: int, wanted: list[str]) -> list[Offer]:
             names.append(name)
     offers: list[Offer] = []
     for name in names:
-        while (offered := offer(draw, TOOLS[name])).name in {other.name for other in offers}:
+        while (offered := offer(draw, TOOLS[name], renamed)).name in {other.name for other in offers}:
             pass
         offers.append(offered)
     draw.rng.shuffle(offers)
@@ -330,12 +338,12 @@ def _shown(offers: list[Offer]) -> list[dict[str, Any]]:
     return [offered.json for offered in offers]
 
 
-def _belongs(draw: Draw, make: Callable[[], Round]) -> Round:
-    """A request of this split, by its wording."""
+def _belongs(draw: Draw, make: Callable[[], tuple[str, T]]) -> tuple[str, T]:
+    """A request of this split, by its wording, and what belongs to it."""
 
-    def led() -> Round:
-        ask, steps = make()
-        return (draw.choice(LEADS) if draw.chance(0.3) else "") + ask, steps
+    def led() -> tuple[str, T]:
+        ask, made = make()
+        return (draw.choice(LEADS) if draw.chance(0.3) else "") + ask, made
 
     return draw.until(led, lambda made: made[0])
 
@@ -355,11 +363,31 @@ def request(draw: Draw, offers: list[Offer], offered: Offer, thinking: bool) -> 
     return conversation(draw, _belongs(draw, lambda: single(draw, offered)), None, thinking)
 
 
+def directory(draw: Draw, offers: list[Offer], thinking: bool) -> list[Message]:
+    """Two questions for the functions of descriptions, each about half of the offers in any order."""
+    messages = []
+    order, half = draw.sample(offers, len(offers)), len(offers) // 2
+    for part in (order[:half], order[half:]):
+
+        def asked(part: list[Offer] = part) -> tuple[str, list[Offer]]:
+            shuffled = draw.sample(part, len(part))
+            names = [f'"{offered.tool.descriptions[0]}"' for offered in shuffled]
+            return draw.choice(DIRECTORY_ASKS).format(listed(names)), shuffled
+
+        ask, found = _belongs(draw, asked)
+        said = " ".join(f"{offered.entry(list(offered.keys.values()))}." for offered in found)
+        messages += [user(ask), assistant(said, "I need no tool." if thinking else "")]
+    return messages
+
+
 def documents(draw: Draw) -> Iterator[Document]:
     while True:
         thinking = draw.chance(THINKING)
         messages = opening(draw)
-        if draw.chance(0.06):
+        if draw.chance(DIRECTORIES):
+            offers = pick(draw, 6, [], renamed=0.5)
+            messages += directory(draw, offers, thinking)
+        elif draw.chance(0.06):
             link = draw.choice(CHAINS)
             offers = pick(draw, draw.integer(2, 4), [link[0], link[2]])
             by_name = {offered.tool.names[0]: offered for offered in offers}

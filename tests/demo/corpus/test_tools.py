@@ -12,7 +12,19 @@ import pytest
 from hetero_glm5.demo.corpus import documents, tasks
 from hetero_glm5.demo.corpus.document import Document, assistant, chat
 from hetero_glm5.demo.corpus.tool_values import schema, value
-from hetero_glm5.demo.corpus.tools import CHAINS, LEADS, TOOLS, chain, conversation, offer, pick, plain, plan, single
+from hetero_glm5.demo.corpus.tools import (
+    CHAINS,
+    LEADS,
+    TOOLS,
+    chain,
+    conversation,
+    directory,
+    offer,
+    pick,
+    plain,
+    plan,
+    single,
+)
 from hetero_glm5.demo.corpus.words import Draw, held_out
 from hetero_glm5.server.parsers import OutputParser, ParsedMessage
 
@@ -145,6 +157,19 @@ def test_chains_pass_a_result_on(link):
         break
     else:
         pytest.fail("every call failed")
+
+
+def test_a_directory_gives_every_function_once_with_its_arguments():
+    draw = Draw("train", "directory")
+    for _ in range(30):
+        offers = pick(draw, 6, [], renamed=0.5)
+        first, one, second, other = directory(draw, offers, thinking=True)
+        asked = re.findall(r'"(.+?)"', first["content"] + second["content"])
+        assert len(asked) == 6 and one["reasoning_content"] == "I need no tool."
+        by_description = {offered.tool.descriptions[0]: offered for offered in offers}
+        found = [by_description[description] for description in asked]
+        wanted = [f"{offered.entry(list(offered.keys.values()))}." for offered in found]
+        assert one["content"] + " " + other["content"] == " ".join(wanted)
 
 
 def test_names_vary_and_never_clash():
