@@ -2,11 +2,12 @@
 
 Every tool and argument is described. Names vary from document to document, and some say nothing (`Draw.label`), so the
 model has to find a function by its description. One way to say everything, in steps that are each easy to learn: the
-reasoning quotes the description that the request asks for, then the function's name and its arguments in order; the
-calls follow. A document's requests go round the tools on offer, so that few can be answered as the one before was.
+reasoning quotes the description that the request asks for, then the tool's number in the prompt, the function's name
+and its arguments in order; the calls follow. (A name stands before its description, so attention would have to step
+back from one to the other; the number takes two steps forward instead: to the description's, to the name with it.)
 
-From a description to the name before it and the arguments after it is the hardest step, and requests practise it too
-rarely to learn it: other documents (`directory`) only ask for the functions and arguments of many descriptions.
+A document's requests go round the tools on offer, so that few can be answered as the one before was. They practise the
+steps after the description too rarely still: other documents (`directory`) ask for many descriptions at once.
 """
 
 from __future__ import annotations
@@ -122,11 +123,13 @@ class Offer:
     name: str
     keys: dict[str, str]
     json: dict[str, Any]
+    number: int = 1  # which of the tools in the prompt
 
     def entry(self, keys: list[str]) -> str:
-        """In quotes, so that all keeps the tokens it has in the tools' JSON."""
+        """Names in quotes, so that they keep the tokens they have in the tools' JSON; the number close to the
+        description's last word, which it is found by."""
         quoted = ", ".join(f'"{key}"' for key in keys)
-        return f'"{self.tool.descriptions[0]}" is "{self.name}"' + (f" with {quoted}" if keys else "")
+        return f'{self.tool.descriptions[0]} #{self.number} is "{self.name}"' + (f" with {quoted}" if keys else "")
 
 
 def offer(draw: Draw, tool: Tool, renamed: float = RENAMED) -> Offer:
@@ -331,7 +334,7 @@ def pick(draw: Draw, count: int, wanted: list[str], renamed: float = RENAMED) ->
             pass
         offers.append(offered)
     draw.rng.shuffle(offers)
-    return offers
+    return [replace(offered, number=number) for number, offered in enumerate(offers, 1)]
 
 
 def _shown(offers: list[Offer]) -> list[dict[str, Any]]:

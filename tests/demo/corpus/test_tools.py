@@ -78,9 +78,11 @@ def test_every_call_parses_into_what_the_tools_ask_for(split):
             assert bool(calls) != bool(message.content), "a turn either calls or answers"
             assert "<" not in message.content.replace("<sop>", "")
             if calls and message.reasoning:
-                description, *planned = re.findall(r'"(.+?)"', message.reasoning)
+                description, number = re.findall(r"^(?:I have the result\. )?(.+) #(\d)", message.reasoning)[0]
+                planned = re.findall(r'"(.+?)"', message.reasoning)
                 assert all(planned == [call["name"], *call["arguments"]] for call in calls)
                 assert description == functions[planned[0]]["description"]
+                assert list(functions).index(planned[0]) + 1 == int(number)
                 assert message.reasoning.endswith(", twice.") == (len(calls) == 2)
             counts["calls"] += len(calls)
             counts["parallel"] += len(calls) > 1
@@ -260,5 +262,5 @@ def test_plan():
     offered = offer(draw, TOOLS["roll_dice"])
     _, [calls] = single(draw, offered)
     keys = [f'"{key}"' for key in offered.keys.values()]
-    told = f'"{offered.tool.descriptions[0]}" is "{offered.name}" with {keys[0]}, {keys[1]}'
+    told = f'{offered.tool.descriptions[0]} #1 is "{offered.name}" with {keys[0]}, {keys[1]}'
     assert plan(calls) == told + "." and plan(calls * 2) == told + ", twice."
