@@ -1,13 +1,12 @@
 """Tool use: a prompt that offers tools, requests that need one call, two or none, results and answers from them.
 
 Every tool and argument is described. Names vary from document to document, and some say nothing (`Draw.label`), so the
-model has to find a function by its description. One way to say everything, in steps that are each easy to learn: the
-reasoning quotes the description that the request asks for, then the tool's number in the prompt, the function's name
-and its arguments in order; the calls follow. (A name stands before its description, so attention would have to step
-back from one to the other; the number takes two steps forward instead: to the description's, to the name with it.)
+model has to find a function by its description. The reasoning does that in steps that are each easy to learn: it goes
+through the tools in the prompt's order, and for each writes the number, the name that has this number, the description
+that follows the name, and whether that is what was asked for; of the one that is, the arguments. The call follows.
+(Going from a description back to the name before it is what a small model learns last.)
 
-A document's requests go round the tools on offer, so that few can be answered as the one before was. They practise the
-steps after the description too rarely still: other documents (`directory`) ask for many descriptions at once.
+A document's requests go round the tools on offer, so that few can be answered as the one before was.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant,
 from hetero_glm5.demo.corpus.tool_table import TABLE
 from hetero_glm5.demo.corpus.tool_table_more import MORE
 from hetero_glm5.demo.corpus.tool_values import Value, schema, value, varied
-from hetero_glm5.demo.corpus.words import Draw, held_out, listed, unfolded
+from hetero_glm5.demo.corpus.words import Draw, held_out, unfolded
 
 T = TypeVar("T")
 KIND = "tools"
 OFTEN = {"get_weather": 8, "get_time": 2, "web_search": 2, "calculate": 2}  # times as often as the other tools
 RENAMED = 0.12  # share of functions, and of arguments, whose names say nothing
 THINKING = 0.85  # share of documents and of tasks
-DIRECTORIES = 0.4  # share of documents
+DIRECTORIES = 0.1  # share of documents that ask which tools there are
 PLAIN = 0.15  # share of requests in a description's own words
 CHAINS = (  # first tool, its field, second tool, the argument it fills, what the user says
     ("find_contact", "email", "send_email", "to", 'Look up {name} and email "{body}". | Email {name} "{body}".'),
@@ -46,7 +45,10 @@ CHAINS = (  # first tool, its field, second tool, the argument it fills, what th
     ("list_todos", "first", "set_reminder", "text", "Remind me of my first task at {time}."),
 )  # fmt: skip
 LEADS = ("Please: ", "Hey! ", "Hello. ", "Hi. ", "Quickly: ", "One more thing: ", "Next: ", "A request: ", "Now: ")
-DIRECTORY_ASKS = ("Which functions are these: {}?", "What do you call for {}?", "Name the functions for {}.")
+DIRECTORY_ASKS = (
+    "Which functions do you have?", "List your tools.", "What can you call?", "Name all your functions.",
+    "Which tools are there?", "Show me the functions you can use.", "What are your tools?",
+)  # fmt: skip
 ERRORS = ("not found", "no connection", "permission denied", "timeout", "unknown name")
 
 
@@ -124,12 +126,23 @@ class Offer:
     keys: dict[str, str]
     json: dict[str, Any]
     number: int = 1  # which of the tools in the prompt
+    above: str = ""  # of the reasoning that comes to this tool, what it says of those before
 
-    def entry(self, keys: list[str]) -> str:
-        """Names in quotes, so that they keep the tokens they have in the tools' JSON; the number close to the
-        description's last word, which it is found by."""
-        quoted = ", ".join(f'"{key}"' for key in keys)
-        return f'{self.tool.descriptions[0]} #{self.number} is "{self.name}"' + (f" with {quoted}" if keys else "")
+    @property
+    def line(self) -> str:
+        """The name in quotes, so that it keeps the tokens it has in the tools' JSON."""
+        return f'#{self.number} "{self.name}": {self.tool.descriptions[0]}'
+
+    @property
+    def refused(self) -> str:
+        return f"{self.above}{self.line}? No. "
+
+    def chosen(self, keys: list[str]) -> str:
+        return f"{self.above}{self.line}? Yes{_with(keys)}"
+
+
+def _with(keys: list[str]) -> str:
+    return ", with " + ", ".join(f'"{key}"' for key in keys) if keys else ""
 
 
 def offer(draw: Draw, tool: Tool, renamed: float = RENAMED) -> Offer:
@@ -190,7 +203,7 @@ class Call:
 
     @property
     def plan(self) -> str:
-        return self.offer.entry([self.offer.keys[key] for key in self.values])
+        return self.offer.chosen([self.offer.keys[key] for key in self.values])
 
     @property
     def said(self) -> dict[str, str]:
@@ -334,7 +347,11 @@ def pick(draw: Draw, count: int, wanted: list[str], renamed: float = RENAMED) ->
             pass
         offers.append(offered)
     draw.rng.shuffle(offers)
-    return [replace(offered, number=number) for number, offered in enumerate(offers, 1)]
+    above, numbered = "", []
+    for number, offered in enumerate(offers, 1):
+        numbered.append(replace(offered, number=number, above=above))
+        above = numbered[-1].refused
+    return numbered
 
 
 def _shown(offers: list[Offer]) -> list[dict[str, Any]]:
@@ -360,27 +377,18 @@ def request(draw: Draw, offers: list[Offer], offered: Offer, thinking: bool) -> 
         others = [name for name in TOOLS if all(name != offered.tool.names[0] for offered in offers)]
         missing = Offer(TOOLS[draw.choice(others)], "", {}, {})
         ask, _ = _belongs(draw, lambda: single(draw, missing))
-        return [user(ask), assistant("Sorry, I have no tool for that.", "No tool does that." if thinking else "")]
+        reasoning = f"{offers[-1].refused}No tool does that." if thinking else ""
+        return [user(ask), assistant("Sorry, I have no tool for that.", reasoning)]
     if offered.tool.both and kind < 0.4:
         return conversation(draw, _belongs(draw, lambda: parallel(draw, offered)), None, thinking)
     return conversation(draw, _belongs(draw, lambda: single(draw, offered)), None, thinking)
 
 
 def directory(draw: Draw, offers: list[Offer], thinking: bool) -> list[Message]:
-    """Two questions for the functions of descriptions, each about half of the offers in any order."""
-    messages = []
-    order, half = draw.sample(offers, len(offers)), len(offers) // 2
-    for part in (order[:half], order[half:]):
-
-        def asked(part: list[Offer] = part) -> tuple[str, list[Offer]]:
-            shuffled = draw.sample(part, len(part))
-            names = [f'"{offered.tool.descriptions[0]}"' for offered in shuffled]
-            return draw.choice(DIRECTORY_ASKS).format(listed(names)), shuffled
-
-        ask, found = _belongs(draw, asked)
-        said = " ".join(f"{offered.entry(list(offered.keys.values()))}." for offered in found)
-        messages += [user(ask), assistant(said, "I need no tool." if thinking else "")]
-    return messages
+    """The question which tools there are."""
+    ask, _ = _belongs(draw, lambda: (draw.choice(DIRECTORY_ASKS), None))
+    said = " ".join(f"{offered.line}{_with(list(offered.keys.values()))}." for offered in offers)
+    return [user(ask), assistant(said, "I need no tool." if thinking else "")]
 
 
 def documents(draw: Draw) -> Iterator[Document]:
@@ -388,7 +396,7 @@ def documents(draw: Draw) -> Iterator[Document]:
         thinking = draw.chance(THINKING)
         messages = opening(draw)
         if draw.chance(DIRECTORIES):
-            offers = pick(draw, 6, [], renamed=0.5)
+            offers = pick(draw, draw.integer(2, 6), [], renamed=0.5)
             messages += directory(draw, offers, thinking)
         elif draw.chance(0.06):
             link = draw.choice(CHAINS)

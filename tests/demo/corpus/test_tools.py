@@ -78,11 +78,12 @@ def test_every_call_parses_into_what_the_tools_ask_for(split):
             assert bool(calls) != bool(message.content), "a turn either calls or answers"
             assert "<" not in message.content.replace("<sop>", "")
             if calls and message.reasoning:
-                description, number = re.findall(r"^(?:I have the result\. )?(.+) #(\d)", message.reasoning)[0]
-                planned = re.findall(r'"(.+?)"', message.reasoning)
+                lines = re.findall(r'#(\d) "(.+?)": (.+?)\? (No|Yes)', message.reasoning)
+                shown = [(str(i), name, f["description"]) for i, (name, f) in enumerate(functions.items(), 1)]
+                assert [line[:3] for line in lines] == shown[: len(lines)]
+                assert [line[3] for line in lines] == ["No"] * (len(lines) - 1) + ["Yes"]
+                planned = [lines[-1][1], *re.findall(r'"(.+?)"', message.reasoning.rpartition("? Yes")[2])]
                 assert all(planned == [call["name"], *call["arguments"]] for call in calls)
-                assert description == functions[planned[0]]["description"]
-                assert list(functions).index(planned[0]) + 1 == int(number)
                 assert message.reasoning.endswith(", twice.") == (len(calls) == 2)
             counts["calls"] += len(calls)
             counts["parallel"] += len(calls) > 1
@@ -161,17 +162,16 @@ def test_chains_pass_a_result_on(link):
         pytest.fail("every call failed")
 
 
-def test_a_directory_gives_every_function_once_with_its_arguments():
+def test_a_directory_gives_every_function_with_its_arguments():
     draw = Draw("train", "directory")
     for _ in range(30):
         offers = pick(draw, 6, [], renamed=0.5)
-        first, one, second, other = directory(draw, offers, thinking=True)
-        asked = re.findall(r'"(.+?)"', first["content"] + second["content"])
-        assert len(asked) == 6 and one["reasoning_content"] == "I need no tool."
-        by_description = {offered.tool.descriptions[0]: offered for offered in offers}
-        found = [by_description[description] for description in asked]
-        wanted = [f"{offered.entry(list(offered.keys.values()))}." for offered in found]
-        assert one["content"] + " " + other["content"] == " ".join(wanted)
+        _, said = directory(draw, offers, thinking=True)
+        for tool, line in zip(offers, said["content"].split(" #"), strict=True):
+            function = tool.json["function"]
+            assert re.findall(r'"(.+?)"', line) == [function["name"], *function["parameters"]["properties"]]
+            assert f": {function['description']}" in line and line.startswith((f"{tool.number} ", "#1 "))
+    assert said["reasoning_content"] == "I need no tool."
 
 
 def test_names_vary_and_never_clash():
@@ -262,5 +262,5 @@ def test_plan():
     offered = offer(draw, TOOLS["roll_dice"])
     _, [calls] = single(draw, offered)
     keys = [f'"{key}"' for key in offered.keys.values()]
-    told = f'{offered.tool.descriptions[0]} #1 is "{offered.name}" with {keys[0]}, {keys[1]}'
+    told = f'#1 "{offered.name}": {offered.tool.descriptions[0]}? Yes, with {keys[0]}, {keys[1]}'
     assert plan(calls) == told + "." and plan(calls * 2) == told + ", twice."
