@@ -1,10 +1,11 @@
 """Tool use: a prompt that offers tools, requests that need one call, two or none, results and answers from them.
 
 Every tool and argument is described. Names vary from document to document, and some say nothing (`Draw.label`), so the
-model has to find a function by its description. The reasoning does that in steps that are each easy to learn: it goes
-through the tools in the prompt's order, and for each writes the number, the name that has this number, the description
-that follows the name, and whether that is what was asked for; of the one that is, the arguments. The call follows.
-(Going from a description back to the name before it is what a small model learns last.)
+model has to find a function by its description. The reasoning does that in steps that are each easy to learn: it says
+what is wanted, in words that are always the same for a tool; then it goes through the tools in the prompt's order, and
+for each writes the number, the name that has this number, the description that follows the name, the same words for it,
+and whether they are those that are wanted; of the one that is, the arguments. The call follows. (A small model learns
+last to go from a description back to the name before it, and to compare two texts that share no word.)
 
 A document's requests go round the tools on offer, so that few can be answered as the one before was.
 """
@@ -129,16 +130,21 @@ class Offer:
     above: str = ""  # of the reasoning that comes to this tool, what it says of those before
 
     @property
+    def purpose(self) -> str:
+        """The tool in a few words, always the same."""
+        return self.tool.names[0].replace("_", " ")
+
+    @property
     def line(self) -> str:
         """The name in quotes, so that it keeps the tokens it has in the tools' JSON."""
         return f'#{self.number} "{self.name}": {self.tool.descriptions[0]}'
 
     @property
     def refused(self) -> str:
-        return f"{self.above}{self.line}? No. "
+        return f"{self.above}{self.line} ({self.purpose})? No. "
 
     def chosen(self, keys: list[str]) -> str:
-        return f"{self.above}{self.line}? Yes{_with(keys)}"
+        return f"Wanted: {self.purpose}. {self.above}{self.line} ({self.purpose})? Yes{_with(keys)}"
 
 
 def _with(keys: list[str]) -> str:
@@ -377,7 +383,7 @@ def request(draw: Draw, offers: list[Offer], offered: Offer, thinking: bool) -> 
         others = [name for name in TOOLS if all(name != offered.tool.names[0] for offered in offers)]
         missing = Offer(TOOLS[draw.choice(others)], "", {}, {})
         ask, _ = _belongs(draw, lambda: single(draw, missing))
-        reasoning = f"{offers[-1].refused}No tool does that." if thinking else ""
+        reasoning = f"Wanted: {missing.purpose}. {offers[-1].refused}No tool does that." if thinking else ""
         return [user(ask), assistant("Sorry, I have no tool for that.", reasoning)]
     if offered.tool.both and kind < 0.4:
         return conversation(draw, _belongs(draw, lambda: parallel(draw, offered)), None, thinking)

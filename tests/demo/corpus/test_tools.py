@@ -78,10 +78,12 @@ def test_every_call_parses_into_what_the_tools_ask_for(split):
             assert bool(calls) != bool(message.content), "a turn either calls or answers"
             assert "<" not in message.content.replace("<sop>", "")
             if calls and message.reasoning:
-                lines = re.findall(r'#(\d) "(.+?)": (.+?)\? (No|Yes)', message.reasoning)
+                wanted = re.findall(r"Wanted: (.+?)\. #1 ", message.reasoning)
+                lines = re.findall(r'#(\d) "(.+?)": ([^()]+) \((.+?)\)\? (No|Yes)', message.reasoning)
                 shown = [(str(i), name, f["description"]) for i, (name, f) in enumerate(functions.items(), 1)]
                 assert [line[:3] for line in lines] == shown[: len(lines)]
-                assert [line[3] for line in lines] == ["No"] * (len(lines) - 1) + ["Yes"]
+                assert [line[4] for line in lines] == ["No"] * (len(lines) - 1) + ["Yes"]
+                assert [line[3] == wanted[0] for line in lines] == [line[4] == "Yes" for line in lines]
                 planned = [lines[-1][1], *re.findall(r'"(.+?)"', message.reasoning.rpartition("? Yes")[2])]
                 assert all(planned == [call["name"], *call["arguments"]] for call in calls)
                 assert message.reasoning.endswith(", twice.") == (len(calls) == 2)
@@ -262,5 +264,6 @@ def test_plan():
     offered = offer(draw, TOOLS["roll_dice"])
     _, [calls] = single(draw, offered)
     keys = [f'"{key}"' for key in offered.keys.values()]
-    told = f'#1 "{offered.name}": {offered.tool.descriptions[0]}? Yes, with {keys[0]}, {keys[1]}'
+    line = f'#1 "{offered.name}": {offered.tool.descriptions[0]} (roll dice)'
+    told = f"Wanted: roll dice. {line}? Yes, with {keys[0]}, {keys[1]}"
     assert plan(calls) == told + "." and plan(calls * 2) == told + ", twice."
