@@ -1,11 +1,11 @@
 """Tool use: a prompt that offers tools, requests that need one call, two or none, results and answers from them.
 
 Every tool and argument is described. Names vary from document to document, and some say nothing (`Draw.label`), so the
-model has to find a function by its description. The reasoning does that in steps that are each easy to learn: it says
-what is wanted, in words that are always the same for a tool; then it goes through the tools in the prompt's order, and
-for each writes the number, the name that has this number, the description that follows the name, the same words for it,
-and whether they are those that are wanted; of the one that is, the arguments. The call follows. (A small model learns
-last to go from a description back to the name before it, and to compare two texts that share no word.)
+model has to find a function by its description. The reasoning does that in steps that are each easy to learn. It goes
+through the tools in the prompt's order, and for each writes the number, the name that has this number, the description
+that follows the name, a few words that are always the same for such a tool, and the number again. Then it says what is
+wanted, in those words, and what followed them: the number; with the number go the name and the arguments. (What a small
+model learns last is to go from a description back to the name before it, and to compare two texts.)
 
 A document's requests go round the tools on offer, so that few can be answered as the one before was.
 """
@@ -127,7 +127,7 @@ class Offer:
     keys: dict[str, str]
     json: dict[str, Any]
     number: int = 1  # which of the tools in the prompt
-    above: str = ""  # of the reasoning that comes to this tool, what it says of those before
+    listing: str = ""  # of the reasoning, what it says of the tools
 
     @property
     def purpose(self) -> str:
@@ -140,11 +140,11 @@ class Offer:
         return f'#{self.number} "{self.name}": {self.tool.descriptions[0]}'
 
     @property
-    def refused(self) -> str:
-        return f"{self.above}{self.line} ({self.purpose})? No. "
+    def told(self) -> str:
+        return f"{self.line} = {self.purpose} #{self.number}. "
 
     def chosen(self, keys: list[str]) -> str:
-        return f"Wanted: {self.purpose}. {self.above}{self.line} ({self.purpose})? Yes{_with(keys)}"
+        return f'{self.listing}Wanted: {self.purpose} #{self.number} "{self.name}"{_with(keys)}'
 
 
 def _with(keys: list[str]) -> str:
@@ -353,11 +353,9 @@ def pick(draw: Draw, count: int, wanted: list[str], renamed: float = RENAMED) ->
             pass
         offers.append(offered)
     draw.rng.shuffle(offers)
-    above, numbered = "", []
-    for number, offered in enumerate(offers, 1):
-        numbered.append(replace(offered, number=number, above=above))
-        above = numbered[-1].refused
-    return numbered
+    numbered = [replace(offered, number=number) for number, offered in enumerate(offers, 1)]
+    listing = "".join(offered.told for offered in numbered)
+    return [replace(offered, listing=listing) for offered in numbered]
 
 
 def _shown(offers: list[Offer]) -> list[dict[str, Any]]:
@@ -383,7 +381,7 @@ def request(draw: Draw, offers: list[Offer], offered: Offer, thinking: bool) -> 
         others = [name for name in TOOLS if all(name != offered.tool.names[0] for offered in offers)]
         missing = Offer(TOOLS[draw.choice(others)], "", {}, {})
         ask, _ = _belongs(draw, lambda: single(draw, missing))
-        reasoning = f"Wanted: {missing.purpose}. {offers[-1].refused}No tool does that." if thinking else ""
+        reasoning = f"{offers[0].listing}Wanted: {missing.purpose}. No tool does that." if thinking else ""
         return [user(ask), assistant("Sorry, I have no tool for that.", reasoning)]
     if offered.tool.both and kind < 0.4:
         return conversation(draw, _belongs(draw, lambda: parallel(draw, offered)), None, thinking)

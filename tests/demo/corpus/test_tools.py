@@ -78,13 +78,12 @@ def test_every_call_parses_into_what_the_tools_ask_for(split):
             assert bool(calls) != bool(message.content), "a turn either calls or answers"
             assert "<" not in message.content.replace("<sop>", "")
             if calls and message.reasoning:
-                wanted = re.findall(r"Wanted: (.+?)\. #1 ", message.reasoning)
-                lines = re.findall(r'#(\d) "(.+?)": ([^()]+) \((.+?)\)\? (No|Yes)', message.reasoning)
+                lines = re.findall(r'#(\d) "(.+?)": ([^=]+) = (.+?) #(\d)\. ', message.reasoning)
                 shown = [(str(i), name, f["description"]) for i, (name, f) in enumerate(functions.items(), 1)]
-                assert [line[:3] for line in lines] == shown[: len(lines)]
-                assert [line[4] for line in lines] == ["No"] * (len(lines) - 1) + ["Yes"]
-                assert [line[3] == wanted[0] for line in lines] == [line[4] == "Yes" for line in lines]
-                planned = [lines[-1][1], *re.findall(r'"(.+?)"', message.reasoning.rpartition("? Yes")[2])]
+                assert [line[:3] for line in lines] == shown and all(line[0] == line[4] for line in lines)
+                wanted, number, rest = re.findall(r"Wanted: (.+?) #(\d) (.+)", message.reasoning)[0]
+                assert (number, wanted) in [(line[0], line[3]) for line in lines]
+                planned = re.findall(r'"(.+?)"', rest)
                 assert all(planned == [call["name"], *call["arguments"]] for call in calls)
                 assert message.reasoning.endswith(", twice.") == (len(calls) == 2)
             counts["calls"] += len(calls)
@@ -264,6 +263,5 @@ def test_plan():
     offered = offer(draw, TOOLS["roll_dice"])
     _, [calls] = single(draw, offered)
     keys = [f'"{key}"' for key in offered.keys.values()]
-    line = f'#1 "{offered.name}": {offered.tool.descriptions[0]} (roll dice)'
-    told = f"Wanted: roll dice. {line}? Yes, with {keys[0]}, {keys[1]}"
+    told = f'Wanted: roll dice #1 "{offered.name}", with {keys[0]}, {keys[1]}'
     assert plan(calls) == told + "." and plan(calls * 2) == told + ", twice."
