@@ -104,8 +104,8 @@ class Drafter:
             self.catch_up(step.rows.clock)
 
     def catch_up(self, clock: Clocked) -> None:
-        """Makes the keys of the rows that were noted. (Should a row's page have gone to another sequence meanwhile, that
-        one's drafts may be worse for it; no token depends on these keys.)"""
+        """Makes the keys of the rows that were noted. (Should a row's page have gone to another sequence meanwhile,
+        that one's drafts may be worse for it; no token depends on these keys.)"""
         if not self._following:
             return
         hidden = torch.cat(self._hidden)
