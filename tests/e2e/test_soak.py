@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -19,7 +19,7 @@ from oracle import LATENT_EPS
 from tiny import tiny_checkpoint
 
 from hetero_glm5.config import EngineConfig
-from hetero_glm5.core import Grammar, QueueFull, RequestError, SamplingParams, Sequence, TokenEvent
+from hetero_glm5.core import Drawn, Grammar, QueueFull, RequestError, SamplingParams, Sequence, TokenEvent
 from hetero_glm5.demo.tokenizer import build_tokenizer
 from hetero_glm5.engine.engine import Engine
 from hetero_glm5.engine.prefix_cache import NO_PAGE, Node, PrefixCache, _in_date
@@ -31,11 +31,11 @@ SOAK_SECONDS = 1800
 LEAST_STEPS = 300  # however slow the machine is
 END, IDS = 511, 500  # ids from IDS on have no token
 MOST_STEPS = 3000  # from asking to the end
-PROMPT, ANSWER, REMEMBERED, SAMPLES = 130, 40, 40, 50
+PROMPT, ANSWER, REMEMBERED, SAMPLES = 110, 40, 40, 50
 LATE, BROKEN = "the request's deadline has passed", "the step was made to fail"
 GROWTH = 24 << 20  # bytes that the second half may hold more than the first
 
-BASE = {"max_total_tokens": 256, "page_size": 8, "latent_norm_eps": LATENT_EPS, "kt_cpuinfer": 1}
+BASE = {"max_total_tokens": 160, "page_size": 8, "latent_norm_eps": LATENT_EPS, "kt_cpuinfer": 1}
 BUSY = BASE | {
     "max_running_requests": 4,
     "max_queued_requests": 12,
@@ -54,8 +54,8 @@ REFUSED = [
     ([], {}),
     ([512], {}),
     ([-1, 3], {}),
-    ([7] * 256, {}),
-    ([7], {"max_tokens": 256}),
+    ([7] * 160, {}),
+    ([7], {"max_tokens": 160}),
     ([7], {"n": 13}),
     ([7], {"temperature": -1.0}),
     ([7], {"stop_token_ids": (512,)}),
@@ -74,7 +74,7 @@ class Told:
 
     since: int
     group: int
-    tokens: list[int]
+    drawn: list[Drawn] = field(default_factory=list)
     text: str = ""
 
 
@@ -83,7 +83,7 @@ class Ended:
     prompt: list[int]
     params: SamplingParams
     seed: int
-    tokens: list[int]
+    drawn: list[Drawn]
     text: str
     reason: str
 
@@ -137,7 +137,7 @@ class Soak:
     def turn(self) -> None:
         """What clients do between two steps, and a step."""
         if self.steps >= self.until:  # another pace: nobody comes, some do, many do
-            self.pace, self.until = self.rng.choice((0.0, 0.15, 0.3, 0.3, 3.0)), self.steps + self.rng.randrange(5, 80)
+            self.pace, self.until = self.rng.choice((0.0, 0.1, 0.2, 0.3, 1.0)), self.steps + self.rng.randrange(5, 60)
         if not self.engine.busy:
             self.check_drained()
             self.until = self.steps if self.pace == 0 else self.until
@@ -152,10 +152,6 @@ class Soak:
             self.step()
         else:
             assert self.engine.step() == []
-        if self.steps % 5 == 0:
-            self.check_open()
-        if self.steps % 200 == 0:
-            self.rss.append(psutil.Process().memory_info().rss)
 
     def drain(self) -> None:
         while self.engine.busy:
@@ -184,7 +180,7 @@ class Soak:
             return
         assert len(added) == params.n and not set(added) & set(self.open)
         self.groups += 1
-        self.open |= {seq: Told(self.steps, self.groups, []) for seq in added}
+        self.open |= {seq: Told(self.steps, self.groups) for seq in added}
         self.mine["prompt"] += len(prompt) * params.n
         self.seen["asked"] += params.n
 
@@ -200,6 +196,7 @@ class Soak:
     def params(self) -> SamplingParams:
         rng, fields = self.rng, {}
         fields["temperature"] = rng.choice((0.0, 0.0, 0.0, 0.7, 1.0))
+        fields["logprobs"] = rng.choice((None, 0, 1, 4))
         fields["max_tokens"] = rng.choice((1, 4, 12, 12, 25, ANSWER))
         choices = {
             "seed": rng.randrange(2**64),
@@ -210,7 +207,6 @@ class Soak:
             "frequency_penalty": 0.6,
             "presence_penalty": -0.5,
             "logit_bias": {5: 3.0, 17: -20.0, END: 4.0},
-            "logprobs": rng.randrange(5),
             "prompt_logprobs": rng.randrange(3),
             "stop": tuple(rng.sample("eation 0123,.", 3)),
             "stop_token_ids": tuple(rng.sample(range(IDS), 20)),
@@ -250,6 +246,10 @@ class Soak:
             self.hear(event)
         for seq, told in self.open.items():
             assert self.steps - told.since < MOST_STEPS, f"sequence {seq.id} is stuck"
+        if self.steps % 5 == 0:
+            self.check_open()
+        if self.steps % 200 == 0:
+            self.rss.append(psutil.Process().memory_info().rss)
 
     def spoilt_forward(self, batch, clock) -> torch.Tensor:
         trouble = self.rng.choices((None, "before", "after", "nan"), (300, 1, 1, 3))[0]
@@ -266,8 +266,10 @@ class Soak:
     def mended_draft(self, computed, grow, context_length) -> None:
         """Some of the drafts are what was answered before: a random model's own are hardly ever right."""
         self.draft(computed, grow, context_length)
+        if self.chance(0.003) and not all(chunk.seq.finished for chunk in self.engine.batch.chunks):
+            raise BrokenStep(BROKEN)
         for seq in self.engine.scheduler.running:
-            if seq.drafts and self.chance(0.5):
+            if seq.drafts and self.chance(0.8):
                 at = len(seq.tokens)
                 longer = (k for k in self.known if len(k) >= at + len(seq.drafts) and k[:at] == seq.tokens)
                 known = next(longer, None)
@@ -279,10 +281,10 @@ class Soak:
         told = self.open[seq]
         told.text += event.text
         if event.token is not None:
-            told.tokens.append(event.token)
-            asked = seq.params.logprobs
-            assert event.drawn is not None and (event.drawn.logprob is None) == (asked is None)
-            assert len(event.drawn.top) == (asked or 0)
+            assert event.drawn is not None and event.drawn.token == event.token
+            assert (event.drawn.logprob is None) == (seq.params.logprobs is None)
+            assert len(event.drawn.top) == (seq.params.logprobs or 0)
+            told.drawn.append(event.drawn)
         if event.error is not None:
             assert event.error in (LATE, BROKEN, NOT_FINITE), event.error
             assert event.error != LATE or seq.deadline is not None
@@ -293,11 +295,11 @@ class Soak:
     def end(self, seq: Sequence, reason: str) -> None:
         told, p = self.open.pop(seq), seq.params
         self.seen[reason] += 1
-        assert told.tokens == seq.output and seq.finish_reason == reason and not seq.pages
+        assert [drawn.token for drawn in told.drawn] == seq.output and seq.finish_reason == reason and not seq.pages
         assert seq.num_cached is None or 0 <= seq.num_cached < seq.num_prompt
         assert not any(stop in told.text for stop in p.stop) or p.min_tokens
         self.mine["cached"] += seq.num_cached or 0
-        self.mine["told"] += len(told.tokens)
+        self.mine["told"] += len(told.drawn)
         if reason in ("stop", "length"):
             self.mine["prefilled"] += seq.num_prompt - seq.num_cached
             assert p.min_tokens <= seq.num_output <= p.max_tokens
@@ -305,8 +307,8 @@ class Soak:
             assert p.prompt_logprobs is None or len(seq.prompt_logprobs) == seq.num_prompt - 1
             assert reason != "stop" or p.grammar is None or p.stop or p.stop_token_ids or self.fits(p, told.text)
         self.known.append(seq.tokens)
-        ended = Ended(seq.tokens[: seq.num_prompt], p, seq.seed, told.tokens, told.text, reason)
-        if told.tokens:
+        ended = Ended(seq.tokens[: seq.num_prompt], p, seq.seed, told.drawn, told.text, reason)
+        if told.drawn:
             if len(self.samples) < SAMPLES:
                 self.samples.append(ended)
             elif (at := self.rng.randrange(self.seen["asked"])) < SAMPLES:
@@ -334,13 +336,14 @@ class Soak:
         assert cache.num_kept == sum(not node.users for node in there)
         pages = {node.page for node in there} | {page for seq in running for page in seq.pages}
         assert sorted([*pages, *cache.pool._free]) == list(range(cache.pool.num_pages))
-        assert len(cache._leaves) <= 4 * cache.pool.num_pages + 1 and len(engine.runner.tensors._places) <= 4
+        assert len(cache._fresh) <= cache.pool.num_pages and len(cache._leaves) <= 4 * cache.pool.num_pages + 1
+        assert len(engine.runner.tensors._places) <= 4
 
     def check_drained(self) -> None:
         scheduler, cache = self.engine.scheduler, self.cache
         assert not self.open and cache.num_available == cache.pool.num_pages
         self.check_open()
-        assert not (cache._fresh or scheduler.restoring._asked or scheduler._awaited or scheduler.stopping._shown)
+        assert not (scheduler.restoring._asked or scheduler._awaited or scheduler.stopping._shown)
         self.seen["drained"] += 1
 
     def check_counts(self, counts: Counts) -> None:
@@ -360,16 +363,21 @@ class Soak:
         for ended in self.samples:
             seq = engine.add_all(ended.prompt, ended.params)[0]
             seq.seed = ended.seed
-            tokens, text = [], ""
+            drawn, text = [], ""
             while not seq.finished:
                 for event in engine.step():
-                    tokens.append(event.token)
+                    drawn.append(event.drawn)
                     text += event.text
+            assert text.startswith(ended.text) and same(drawn[: len(ended.drawn)], ended.drawn), ended
             if ended.reason in ("stop", "length"):
-                assert (tokens, text, seq.finish_reason) == (ended.tokens, ended.text, ended.reason)
-            else:
-                assert tokens[: len(ended.tokens)] == ended.tokens and text.startswith(ended.text)
+                assert (len(drawn), text, seq.finish_reason) == (len(ended.drawn), ended.text, ended.reason)
         engine.close()
+
+
+def same(some: list[Drawn], others: list[Drawn]) -> bool:
+    """The same tokens, and about as likely ones."""
+    pairs = zip(some, others, strict=True)
+    return all(a.token == b.token and abs((a.logprob or 0) - (b.logprob or 0)) < 1e-3 for a, b in pairs)
 
 
 def load(folder: Path, flags: dict) -> Engine:
