@@ -33,7 +33,7 @@ END, IDS = 511, 500  # ids from IDS on have no token
 MOST_STEPS = 3000  # from asking to the end
 PROMPT, ANSWER, REMEMBERED, SAMPLES = 110, 40, 40, 50
 LATE, BROKEN = "the request's deadline has passed", "the step was made to fail"
-GROWTH = 24 << 20  # bytes that the second half may hold more than the first
+GROWTH = 8 << 20  # bytes
 
 BASE = {"max_total_tokens": 160, "page_size": 8, "latent_norm_eps": LATENT_EPS, "kt_cpuinfer": 1}
 BUSY = BASE | {
@@ -431,8 +431,8 @@ def test_clients_come_and_go(folder, tmp_path):
 
 @pytest.mark.slow
 def test_clients_come_and_go_for_long(folder, tmp_path):
-    """Memory: the second half's against the first's, without the beginning."""
+    """Memory stays as it is once the second engine has run for a while."""
     rss = soak(folder, tmp_path, SOAK_SECONDS, seed=2).rss
-    early, late = rss[len(rss) // 10 : len(rss) // 2], rss[len(rss) // 2 :]
+    early, late = rss[len(rss) * 5 // 8 : len(rss) * 3 // 4], rss[len(rss) * 7 // 8 :]
     print(f"RSS {statistics.median(early) / 2**20:.1f} MiB, then {statistics.median(late) / 2**20:.1f} MiB")
     assert statistics.median(late) <= statistics.median(early) + GROWTH
