@@ -84,7 +84,7 @@ class LLM:
         drawn: dict[int, list[Drawn]] = {}
         try:
             while todo or self.engine.busy:
-                while todo and self.engine.num_waiting < self.engine.config.max_queued_requests:
+                while todo and self._fits(todo[0][1].n):
                     seqs += self.engine.add_all(*todo.popleft())
                 for event in self.engine.step():
                     texts[event.seq.id] = texts.get(event.seq.id, "") + event.text
@@ -107,6 +107,11 @@ class LLM:
             )
             for seq in seqs
         ]
+
+    def _fits(self, count: int) -> bool:
+        """Whether so many more can wait, or never could."""
+        most = self.engine.config.max_queued_requests
+        return self.engine.num_waiting + count <= most or count > most
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """fp32 [T, vocab]: the logits after every token, computed through the engine's own chunked path."""

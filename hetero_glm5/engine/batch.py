@@ -7,6 +7,7 @@ positions lie in the cache; a row is written when the sequence gets pages, not f
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import Batch, Sequence
 from hetero_glm5.model.state import Clocked, Rows, Segment
+
+FEW = 8  # rows of a sequence that plain numbers are quicker for than arrays
 
 
 def decoded_rows(batch: Batch) -> Tensor:
@@ -65,6 +68,20 @@ class BatchTensors:
         used = set(self._places.values())
         return next(place for place in range(len(self._known)) if place not in used)
 
+    def _places_of(self, seq: Sequence, first: int, last: int) -> tuple[Any, Any]:
+        """Positions, and their cache slots."""
+        size, pages = self.page_size, seq.pages
+        if last - first <= FEW:
+            return range(first, last), [pages[p // size] * size + p % size for p in range(first, last)]
+        positions = np.arange(first, last)
+        owned = np.asarray(pages[first // size :])
+        return positions, owned[positions // size - first // size] * size + positions % size
+
+    @property
+    def places(self) -> Tensor:
+        """Positions and slots of the batch's rows, int64 [2, rows], on the CPU."""
+        return self._here[1:]
+
     def rows(self, batch: Batch, clock: Clocked) -> Rows:
         """The batch's rows: each chunk's tokens, then its drafts."""
         runs = []
@@ -79,12 +96,7 @@ class BatchTensors:
         for seq, first, tokens in runs:
             stop, last = at + len(tokens), first + len(tokens)
             segments.append(Segment(at, stop, self.context(seq, last)))
-            positions = np.arange(first, last)
-            pages = np.asarray(seq.pages[first // self.page_size :])
-            slots = pages[positions // self.page_size - first // self.page_size] * self.page_size
-            self._staged[0, at:stop] = tokens
-            self._staged[1, at:stop] = positions
-            self._staged[2, at:stop] = slots + positions % self.page_size
+            self._staged[:, at:stop] = (tokens, *self._places_of(seq, first, last))
             at = stop
         if self._there is not self._here:
             self._there[:, :at].copy_(self._here[:, :at], non_blocking=True)

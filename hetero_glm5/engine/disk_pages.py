@@ -142,6 +142,10 @@ class DiskPages:
             self._add(key, File(size, time.time()))
             self._count("bytes_written", size)
 
+    def remove(self, key: bytes) -> None:
+        self._forget(key)
+        self._path(key).unlink(missing_ok=True)
+
     def use(self, keys: Iterable[bytes]) -> list[tuple[bytes, float]]:
         """Makes those of `keys` that are here the most recently used, the last one most. Does no I/O: the result, files
         whose mtime is too old to tell that after a restart, is for `touch`.

@@ -9,20 +9,23 @@ tried; and once in PROBE steps a neighbouring depth is used, so that no figure g
 
 from __future__ import annotations
 
-PROBE = 50
-FORGET = 0.9  # what an average keeps of its past with each new value
+PROBE = 32
+SHORTER, LONGER = 0.4, 0.1  # how far an average goes towards a new value
 ACCEPT_FORGET = 0.98
 PRIOR = 0.7, 4.0  # of acceptance: mean, and how many observations that is worth
 
 
 class Average:
-    """Forgetting mean of what is observed."""
+    """Forgetting mean of times, of which the short ones count more: what delays a step is seldom the step's own."""
 
     def __init__(self) -> None:
         self.value: float | None = None
 
     def add(self, value: float) -> None:
-        self.value = value if self.value is None else FORGET * self.value + (1 - FORGET) * min(value, 4 * self.value)
+        if self.value is None:
+            self.value = value
+        else:
+            self.value += (SHORTER if value < self.value else LONGER) * (min(value, 2 * self.value) - self.value)
 
 
 class DraftDepth:

@@ -87,10 +87,11 @@ class Engine:
         """Computes the next batch and returns an event for each token that a sequence got."""
         self._follow_up()
         self.batch = Batch([])  # should schedule() fail, no sequence is to blame
-        late = self.scheduler.expire(time.monotonic())
+        if late := self.scheduler.expire(time.monotonic()):
+            return late
         batch = self.batch = self.scheduler.schedule()
         if not batch:
-            return late or self._idle()
+            return self._idle()
         started = time.perf_counter()
         self.tiers.begin_step(decoded_rows(batch))
         logits = self.runner.forward(batch, self.clock)
@@ -104,7 +105,7 @@ class Engine:
         self._time(batch, drawn, time.perf_counter() - started)
         if self.drafter is not None or self.store is not None:
             self._computed = self.runner.computed
-        return late + self.scheduler.commit(batch, drawn)
+        return self.scheduler.commit(batch, drawn)
 
     def _follow_up(self) -> None:
         """What the latest step leaves to do once its tokens have been told: drafts, and keeping its pages."""
@@ -116,6 +117,8 @@ class Engine:
                 self.drafter.draft(computed, self.scheduler.cache.grow, self.context_length)
         fresh = self.scheduler.cache.take_fresh()
         if self.store is not None and fresh:
+            if self.drafter is not None:
+                self.drafter.catch_up(self.clock)
             fresh = [node for node in fresh if node.key not in self.store]
             contents = self.runner.read_pages([node.page for node in fresh]).numpy()
             for node, content in zip(fresh, contents, strict=True):
@@ -123,13 +126,13 @@ class Engine:
 
     def _idle(self) -> list[TokenEvent]:
         """Nothing can be computed: if pages are being read that a sequence waits for, gives them time."""
-        if self.scheduler.waits_for_store:
+        if self.scheduler.restoring.waits:
             time.sleep(STORE_PATIENCE)
         return []
 
     def _time(self, batch: Batch, drawn: list[list[Drawn]], seconds: float) -> None:
         """Tells the drafter what a step that only decodes has cost and gained."""
-        if self.drafter is not None and all(chunk.decodes for chunk in batch.chunks):
+        if self.drafter is not None and batch.chunks and all(chunk.decodes for chunk in batch.chunks):
             self.drafter.depth.stepped(sum(chunk.num_rows for chunk in batch.chunks), seconds)
             for chunk, tokens in zip(batch.chunks, drawn, strict=True):
                 self.drafter.depth.verified(len(chunk.drafts), len(tokens) - 1)
@@ -166,12 +169,15 @@ class Engine:
 
     def add_all(self, tokens: list[int], params: SamplingParams, **options: Any) -> list[Sequence]:
         """Queues a prompt params.n times, all or none; each draws from a seed of its own."""
+        most = self.config.max_queued_requests
+        if params.n > most:
+            raise RequestError(f"n is {params.n}; at most {most} can wait (--max-queued-requests).", "n")
         added: list[Sequence] = []
         try:
             for i in range(params.n):
                 seed = None if params.seed is None else (params.seed + i) % 2**64
                 added.append(self.add(tokens, replace(params, n=1, seed=seed), **options))
-        except UserError:
+        except BaseException:
             for seq in added:
                 self.abort(seq)
             raise

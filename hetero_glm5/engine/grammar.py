@@ -18,7 +18,8 @@ from hetero_glm5.core import Grammar, RequestError, Sequence
 
 COMPILED = 16  # grammars kept: an agent sends the same few with every request
 MESSAGE = 400  # characters of the compiler's message
-LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # a state takes 1 to 2 kB
+# A lexer state takes 1 to 2 kB. Ambiguous rules make items, and a step of many thousands would hold up all neighbours.
+LIMITS = LLParserLimits(max_lexer_states=50_000, max_items_in_row=500, step_max_items=10_000, verbose_errors=False)
 # A model that pads its JSON could go on for ever between two words.
 BLANKS = r"[\x20\x0A\x0D\x09]{1,64}"
 

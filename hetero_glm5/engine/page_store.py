@@ -195,6 +195,15 @@ class PageStore:
         with self._lock:
             self._use(reversed(keys))
 
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """Forgets pages that cannot be trusted."""
+        with self._lock:
+            for key in keys:
+                self._host.pop(key, None)
+        if self._disk is not None:
+            for key in keys:
+                self._submit(self._writer, self._disk.remove, key)  # after what is queued
+
     def close(self, drain: bool = True) -> None:
         """Ends the threads; fetches still open are cancelled. `drain` writes out what is queued for the disk first."""
         self._closed = True

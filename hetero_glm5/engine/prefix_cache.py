@@ -15,6 +15,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Literal
 
 from hetero_glm5.core import Sequence, SlotCopy
 from hetero_glm5.engine.kv_cache import PagePool
@@ -22,6 +23,7 @@ from hetero_glm5.engine.kv_cache import PagePool
 NO_PAGE = -1  # of a root, which stands for no tokens
 
 Tokens = tuple[int, ...]
+Trust = Literal["all", "kept", "found"]
 Key = Callable[[bytes | None, Tokens, str | None], bytes]  # of the page above, the tokens, the salt
 
 
@@ -70,6 +72,7 @@ class PrefixCache:
         self._fresh: list[Node] = []
         self._roots: dict[str | None, Node] = {}
         self._held: dict[Sequence, list[Node]] = {}
+        self._found: dict[Sequence, int] = {}  # how many of them it did not compute
         self._pinned: list[Node] = []  # sources of copies that wait
         self._idle = 0  # nodes without users
         self._leaves: list[tuple[int, int, Node]] = []  # heap of (used, number, node); some are out of date
@@ -123,7 +126,7 @@ class PrefixCache:
     def hold(self, seq: Sequence, match: Match) -> None:
         """The sequence begins with the pages that were found whole."""
         assert not seq.pages and seq.num_computed == 0
-        self._held[seq] = list(match.nodes)
+        self._held[seq], self._found[seq] = list(match.nodes), len(match.nodes)
         for node in match.nodes:
             self._use(node)
             seq.pages.append(node.page)
@@ -133,7 +136,7 @@ class PrefixCache:
         """The rest of what was found: a copy to be made before anything is computed. None if no page is available."""
         if not match.part:
             return None
-        pinned = [match.leaf] if match.leaf is not None else []
+        pinned = [match.leaf, *reversed(match.nodes)] if match.leaf is not None else []  # it, and all above it
         for node in pinned:  # before a page is looked for
             self._use(node)
         if not self.grow(seq, seq.num_computed + 1):
@@ -153,6 +156,8 @@ class PrefixCache:
     def grow(self, seq: Sequence, tokens: int) -> bool:
         """Gives the sequence pages to hold so many tokens; False, and nothing taken, if there are too few."""
         missing = self.pool.pages_for(tokens) - len(seq.pages)
+        if missing <= 0:
+            return True
         if missing > self.num_available:
             return False
         while self.pool.num_free < missing:
@@ -184,26 +189,29 @@ class PrefixCache:
             self._use(node)
             nodes.append(node)
 
-    def release(self, seq: Sequence, *, sound: bool = True) -> None:
-        """The sequence lets go of its pages. Those that were computed stay in the tree; not if they are not `sound`:
-        then nobody finds the sequence's pages any more."""
-        if sound:
+    def release(self, seq: Sequence, trust: Trust = "all") -> list[bytes]:
+        """The sequence lets go of its pages. What was computed in them stays in the tree, as far as it can be trusted:
+        "all"; what is "kept" there already; or only what it "found" there, so that nobody finds what it computed
+        itself. Returns the keys of what is not kept for that."""
+        if trust == "all":
             self.keep(seq)
-        nodes = self._held.pop(seq, [])
+        nodes, found = self._held.pop(seq, []), self._found.pop(seq, 0)
         own = seq.pages[len(nodes) :]
         part = seq.num_computed - len(nodes) * self.pool.page_size
-        if sound and self.enabled and 0 < part < self.pool.page_size:
+        if trust == "all" and self.enabled and 0 < part < self.pool.page_size:
             above = nodes[-1] if nodes else self._root(seq.salt)
             tokens = tuple(seq.tokens[-part + seq.num_computed : seq.num_computed])
             if above.nearest(tokens)[1] < part:
                 self._retire(self._insert(above, own.pop(0), tokens))
-        if not sound and nodes:
-            self._cut(nodes[0])
+        doubtful = [node.key for node in nodes[found:]] if trust == "found" else []
+        if doubtful:
+            self._cut(nodes[found])
         for node in reversed(nodes):
             self._drop_use(node)
         self.pool.release(own)
         seq.pages.clear()
         seq.num_computed, seq.drafts = 0, ()
+        return doubtful
 
     def take_fresh(self) -> list[Node]:
         """Nodes of full pages that were added since the last call, and are still there."""
@@ -219,12 +227,12 @@ class PrefixCache:
         return self._roots.setdefault(salt, Node(NO_PAGE, (), None, salt=salt))
 
     def _insert(self, above: Node, page: int, tokens: Tokens) -> Node:
-        for shorter in self._prefixes(above, tokens):
-            if not shorter.users:
-                self._remove(shorter)
         node = above.children[tokens] = Node(page, tokens, above)
         insort(above.order, tokens)
         self._idle += 1
+        for shorter in self._prefixes(above, tokens):
+            if not shorter.users:
+                self._remove(shorter)
         return node
 
     def _prefixes(self, above: Node, tokens: Tokens) -> list[Node]:
@@ -281,8 +289,8 @@ class PrefixCache:
         assert above is not None
         del above.children[node.tokens]
         del above.order[bisect_left(above.order, node.tokens)]
-        if above.page == NO_PAGE and not above.children:
-            self._roots.pop(above.salt, None)
+        if not above.children and self._roots.get(above.salt) is above:
+            del self._roots[above.salt]
 
     def _cut(self, top: Node) -> None:
         """Takes a node and all below it out of the tree; what has users is freed with the last of them."""

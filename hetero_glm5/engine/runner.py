@@ -47,7 +47,7 @@ class Runner:
                 if chunk.seq.reads_prompt:
                     self._read(chunk, hidden[segment.rows])
                 draws += range(segment.stop - chunk.num_draws, segment.stop)
-            return self.model.logits(hidden[draws])
+            return self.model.logits(hidden if len(draws) == len(hidden) else hidden[draws])
 
     def _fill_pages(self, batch: Batch) -> None:
         if batch.restored:
@@ -84,5 +84,5 @@ class Runner:
         finite = self.computed.hidden.isfinite().all(-1).tolist()
         if all(finite):
             return []
-        segments = [segment.rows for segment in self.computed.rows.segments]
-        return [i for i, rows in enumerate(segments) if not all(finite[rows])]
+        pairs = enumerate(zip(batch.chunks, self.computed.rows.segments, strict=True))
+        return [i for i, (chunk, rows) in pairs if not all(finite[rows.start : rows.stop - chunk.num_draws])]

@@ -23,7 +23,6 @@ from hetero_glm5.engine.scheduler import INVALID_TOKEN
 
 FEW = 256  # candidates nearly always hold top_k and top_p; sorting 150,000 takes 10 ms on a CPU core
 BLOCK = 32  # rows of prompt log-probabilities at a time
-NOT_FINITE = "the model's logits are not finite for this request"
 MASK, GOLDEN = 2**64 - 1, 0x9E3779B97F4A7C15
 
 Row = tuple[Chunk, int]  # one that draws, and how many of the chunk's drafts it assumes
@@ -83,7 +82,7 @@ class Sampler:
                 drawn[i] = Drawn(drawn[i].token, detail.logprob, detail.top[:top])
         for i, one in enumerate(drawn):
             if i in errors or one.token == INVALID_TOKEN:
-                drawn[i] = Drawn(INVALID_TOKEN, error=errors.get(i, NOT_FINITE))
+                drawn[i] = Drawn(INVALID_TOKEN, error=errors.get(i))
         rest = iter(drawn)
         return [_accepted(chunk, list(islice(rest, chunk.num_draws))) for chunk in batch.chunks]
 
@@ -167,20 +166,20 @@ def _choose(logits: Tensor, best: Tensor, rows: list[Row]) -> Tensor:
     """Tokens [rows, 1]: `best` of the greedy rows, draws of the others."""
     vocab = logits.shape[-1]
     groups: dict[bool, list[int]] = {}
-    settings = []
+    settings: dict[bool, list[tuple[float, ...]]] = {}
     for i, (chunk, ahead) in enumerate(rows):
         seq, p = chunk.seq, chunk.seq.params
-        settings.append((p.temperature, p.min_p, p.top_k or vocab, p.top_p, uniform(seq.seed, len(seq.tokens) + ahead)))
         if p.temperature > 0:
-            groups.setdefault(p.top_p < 1 or 0 < p.top_k < vocab, []).append(i)
-    if not groups:
-        return best
-    tokens = best.clone()
-    table = torch.tensor(settings, dtype=torch.float64, device=logits.device)
+            truncated = p.top_p < 1 or 0 < p.top_k < vocab
+            number = uniform(seq.seed, len(seq.tokens) + ahead)
+            groups.setdefault(truncated, []).append(i)
+            settings.setdefault(truncated, []).append((p.temperature, p.min_p, p.top_k or vocab, p.top_p, number))
+    tokens = best.clone() if groups else best
     for truncated, group in groups.items():
         at = torch.tensor(group, device=logits.device)
-        draw = _draw_truncated if truncated else _draw
-        tokens.index_copy_(0, at, draw(logits.index_select(0, at), table.index_select(0, at)))
+        table = torch.tensor(settings[truncated], dtype=torch.float64, device=logits.device)
+        chosen = logits if len(group) == len(rows) else logits.index_select(0, at)
+        tokens.index_copy_(0, at, (_draw_truncated if truncated else _draw)(chosen, table))
     return tokens
 
 

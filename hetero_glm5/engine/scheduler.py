@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as Run
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any, Protocol
+from typing import Any
 
 from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import (
@@ -31,36 +30,12 @@ from hetero_glm5.core import (
     SlotCopy,
     TokenEvent,
 )
-from hetero_glm5.engine.prefix_cache import Match, PrefixCache
+from hetero_glm5.engine.prefix_cache import Match, PrefixCache, Trust
+from hetero_glm5.engine.restoring import Restoring, Store
 from hetero_glm5.engine.stopping import Stopping
 
-INVALID_TOKEN = -1  # the sampler's answer to logits that are not finite
-NOT_FINITE = "the model's hidden states are not finite for this request"
-RESTORED_PAGES = 64  # of a step, at most, that come from the page store
-
-
-class Fetch(Protocol):
-    """Pages on their way from the page store."""
-
-    @property
-    def done(self) -> bool: ...
-
-    @property
-    def pages(self) -> Run[Any]: ...
-
-    def cancel(self) -> None: ...
-
-
-class Store(Protocol):
-    """Where pages outlive the pool."""
-
-    def key(self, parent: bytes | None, tokens: Run[int], salt: str | None = None) -> bytes: ...
-
-    def __contains__(self, key: bytes) -> bool: ...
-
-    def fetch(self, keys: Run[bytes]) -> Fetch: ...
-
-    def touch(self, keys: Run[bytes]) -> None: ...
+INVALID_TOKEN = -1  # the sampler's answer where nothing can be drawn: why, or else the logits are not finite
+NOT_FINITE = "the model's numbers are not finite for this request"
 
 
 @dataclass
@@ -94,8 +69,10 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of arrival
         self.counts = Counts()
         self._arrivals = count()
-        self._fetches: dict[Sequence, tuple[int, Fetch]] = {}  # and the number of the first page that is asked for
+        self.restoring = Restoring(cache, store)
         self._deadlines = 0  # how many sequences have one
+        self._unfilled: list[Sequence] = []  # whose pages the batch in progress fills
+        self._awaited: dict[Sequence, tuple[Sequence, int]] = {}  # who must have computed how much before it is let in
         self._blocked: tuple[Sequence | None, int] = None, 0  # who found no room, and how many pages it needs
 
     def add(self, seq: Sequence) -> None:
@@ -107,7 +84,6 @@ class Scheduler:
         self.counts.prompt_tokens += seq.num_prompt
         self._deadlines += seq.deadline is not None
         self.waiting.append(seq)
-        self._fetch(seq, self.cache.match(seq))
 
     def abort(self, seq: Sequence) -> None:
         if not seq.finished:
@@ -120,13 +96,10 @@ class Scheduler:
         late = [s for s in (*self.running, *self.waiting) if s.deadline is not None and s.deadline <= now]
         return [self._fail(seq, "the request's deadline has passed") for seq in late]
 
-    @property
-    def waits_for_store(self) -> bool:
-        """Whether pages are being read that a sequence waits for."""
-        return any(not fetch.done for _, fetch in self._fetches.values())
-
     def schedule(self) -> Batch:
+        """An empty batch if there is nothing to do but to wait for pages that are being read."""
         self.cache.unpin()
+        self.restoring.waits = False
         batch = Batch([])
         before = self.counts.preemptions
         decodes = self._decodes()
@@ -137,7 +110,7 @@ class Scheduler:
         prefills = self._prefills(batch.restored)
         alone = prefills and not (self.config.enable_mixed_chunk or crowded)
         batch.chunks.extend(prefills if alone else decodes + prefills)
-        idle = not (self.running or self.waiting) or self.waits_for_store
+        idle = not (self.running or self.waiting) or self.restoring.waits
         assert batch or idle, "nothing can be scheduled: the pool is too small"
         return batch
 
@@ -147,7 +120,7 @@ class Scheduler:
             while seq in self.running and not self.cache.grow(seq, len(seq.tokens)):
                 self._preempt(self.running[-1])
             if seq in self.running:
-                fits = self.cache.grow(seq, len(seq.tokens) + len(seq.drafts))
+                fits = not seq.drafts or self.cache.grow(seq, len(seq.tokens) + len(seq.drafts))
                 chunks.append(Chunk(seq, 1, seq.drafts if fits else ()))
         return chunks
 
@@ -158,7 +131,7 @@ class Scheduler:
         return [Chunk(seq, 1) for seq in seqs]
 
     def _prefills(self, restored: list[tuple[int, Any]]) -> list[Chunk]:
-        prompts = [seq for seq in self.running if not seq.decoding and not self._restore(seq, restored)]
+        prompts = [seq for seq in self.running if not seq.decoding and not self._restores(seq, restored)]
         chunks = []
         for seq, share in zip(prompts, self._shares(prompts), strict=True):
             count = min(share, self.cache.room(seq))
@@ -186,31 +159,39 @@ class Scheduler:
     def _admit(self, copies: list[SlotCopy]) -> None:
         """Lets waiting sequences in while pages are available for their whole prompt, beside what running prompts will
         still take."""
-        cache = self.cache
-        promised = sum(cache.pool.pages_for(len(s.tokens)) - len(s.pages) for s in self.running)
+        cache, before = self.cache, list(self.running)  # the pages of whom is let in now are not filled yet
+        promised = sum(max(cache.pool.pages_for(len(s.tokens)) - len(s.pages), 0) for s in before)
         for seq in list(islice(self.waiting, self.config.max_running_requests)):
             if len(self.running) >= self.config.max_running_requests:
                 break
             if seq is self._blocked[0] and promised + self._blocked[1] > cache.num_available:
                 break
-            match = cache.match(seq, self.running)
-            if self._awaits_neighbour(seq, match) or not self._fetched(seq, match):
+            if self._awaits(seq):
+                continue
+            match = cache.match(seq, before)
+            if self._will_await(seq, match) or not self.restoring.ready(seq, match):
                 continue
             need = cache.new_pages(match, len(seq.tokens))
             if promised + need > cache.num_available:
                 self._blocked = seq, need
                 break
-            self.waiting.remove(seq)
-            cache.hold(seq, match)
-            if self.store is not None:
-                self.store.touch([node.key for node in match.nodes])
-            if seq not in self._fetches:
-                copy = cache.copy_part(seq, match)
-                copies += [copy] if copy is not None else []
-                self._found(seq)
-            self.running.append(seq)
-            self.running.sort(key=lambda s: s.id)
+            self._let_in(seq, match, copies)
             promised += cache.pool.pages_for(len(seq.tokens)) - len(seq.pages)
+
+    def _let_in(self, seq: Sequence, match: Match, copies: list[SlotCopy]) -> None:
+        self.waiting.remove(seq)
+        self.running.append(seq)
+        self.running.sort(key=lambda s: s.id)
+        self.cache.hold(seq, match)
+        if self.store is not None:
+            self.store.touch([node.key for node in match.nodes])
+        if seq in self.restoring:
+            return
+        copy = self.cache.copy_part(seq, match)
+        if copy is not None:
+            copies.append(copy)
+            self._unfilled.append(seq)
+        self._found(seq)
 
     def _found(self, seq: Sequence) -> None:
         """All that is known of the sequence is in its pages now."""
@@ -218,8 +199,18 @@ class Scheduler:
             seq.num_cached = seq.num_computed
             self.counts.cached_tokens += seq.num_computed
 
-    def _awaits_neighbour(self, seq: Sequence, match: Match) -> bool:
-        """Whether a running prompt will soon have more whole pages of the sequence's beginning than are known."""
+    def _awaits(self, seq: Sequence) -> bool:
+        """Whether the neighbour that it waits for is still at it."""
+        if seq not in self._awaited:
+            return False
+        other, end = self._awaited[seq]
+        if other in self.running and not other.decoding and other.num_computed < end:
+            return True
+        del self._awaited[seq]
+        return False
+
+    def _will_await(self, seq: Sequence, match: Match) -> bool:
+        """Whether a running prompt will soon have one more whole page of the sequence's beginning than is known."""
         size, tokens = self.cache.pool.page_size, seq.tokens
         if not self.cache.enabled or seq.reads_prompt:
             return False
@@ -227,75 +218,43 @@ class Scheduler:
             end = (max(len(match.nodes), other.num_computed // size) + 1) * size
             likely = other.salt == seq.salt and not other.decoding and end < min(len(tokens), len(other.tokens) + 1)
             if likely and tokens[:end] == other.tokens[:end]:
+                self._awaited[seq] = other, end
                 return True
         return False
 
-    def _fetch(self, seq: Sequence, match: Match) -> None:
-        """Asks the page store for the pages after those that were found."""
-        if self.store is None or seq.reads_prompt or not self.cache.enabled:
-            return
-        size, first = self.cache.pool.page_size, len(match.nodes)
-        key = match.nodes[-1].key if match.nodes else None
-        keys: list[bytes] = []
-        for at in range(first * size, len(seq.tokens) - size, size):
-            key = self.store.key(key, seq.tokens[at : at + size], seq.salt)
-            if not keys and key not in self.store:
-                return
-            keys.append(key)
-        if keys:
-            self._fetches[seq] = first, self.store.fetch(keys)
-
-    def _fetched(self, seq: Sequence, match: Match) -> bool:
-        """Whether all that the store has of the sequence is here."""
-        if seq not in self._fetches or self._fetches[seq][0] > len(match.nodes):  # pages were evicted since
-            self._cancel(seq)
-            self._fetch(seq, match)
-        if seq not in self._fetches:
-            return True
-        first, fetch = self._fetches[seq]
-        if fetch.done and first + len(fetch.pages) <= len(match.nodes):
-            self._cancel(seq)  # nothing that the cache has not
-        return fetch.done
-
-    def _restore(self, seq: Sequence, restored: list[tuple[int, Any]]) -> bool:
-        """Gives the sequence its next pages from the store, RESTORED_PAGES in a step. True if some are left."""
-        if seq not in self._fetches:
+    def _restores(self, seq: Sequence, restored: list[tuple[int, Any]]) -> bool:
+        """Gives the sequence pages from the store, if it has asked for some. True if more are to come."""
+        if seq not in self.restoring:
             return False
-        first, fetch = self._fetches[seq]
-        size = self.cache.pool.page_size
-        for page in fetch.pages[len(seq.pages) - first :]:
-            if len(restored) == RESTORED_PAGES or not self.cache.grow(seq, seq.num_computed + size):
-                return True
-            restored.append((seq.pages[-1], page))
-            seq.num_computed += size
-            self.counts.restored_tokens += size
-        self._cancel(seq)
-        self._found(seq)
-        return False
-
-    def _cancel(self, seq: Sequence) -> None:
-        if seq in self._fetches:
-            self._fetches.pop(seq)[1].cancel()
+        before = seq.num_computed
+        more = self.restoring.restore(seq, restored)
+        self.counts.restored_tokens += seq.num_computed - before
+        if seq.num_computed > before:
+            self._unfilled.append(seq)
+        if not more:
+            self._found(seq)
+        return more
 
     def _preempt(self, seq: Sequence) -> None:
         self.counts.preemptions += 1
-        self._cancel(seq)
-        self.cache.release(seq)
+        self._release(seq)
         if seq.logits is not None:
             seq.logits.clear()
         if seq.prompt_logprobs is not None and not seq.num_output:
             seq.prompt_logprobs.clear()  # else they are whole, and may have been read
         self.running.remove(seq)
-        self.waiting.appendleft(seq)
+        self.waiting = deque(sorted([seq, *self.waiting], key=lambda s: s.id))
 
     def commit(self, batch: Batch, drawn: list[list[Drawn]]) -> list[TokenEvent]:
         """Takes note of what the step computed. drawn[i]: for chunk i the tokens that follow, of which all but the last
         were drafted; empty if none was drawn; INVALID_TOKEN alone if its logits are not finite."""
         events = []
+        self._filled()
         for chunk, tokens in zip(batch.chunks, drawn, strict=True):
             seq = chunk.seq
             if tokens and tokens[0].token == INVALID_TOKEN:
-                events.append(self._fail(seq, tokens[0].error or NOT_FINITE, sound=False))
+                error = tokens[0].error
+                events.append(self._fail(seq, error or NOT_FINITE, "all" if error else "found"))
                 continue
             self._count(chunk, tokens)
             computed = chunk.start + chunk.count + max(len(tokens) - 1, 0)
@@ -321,23 +280,41 @@ class Scheduler:
 
     def fail(self, batch: Batch, message: str) -> list[TokenEvent]:
         """Ends the sequences of a batch that could not be computed, and those whose pages it should have filled."""
-        filled = {page for page, _ in batch.restored} | {copy.target for copy in batch.copies}
-        unlucky = [chunk.seq for chunk in batch.chunks if not chunk.seq.finished]
-        unlucky += [seq for seq in self.running if filled.intersection(seq.pages) and seq not in unlucky]
-        return [self._fail(seq, message, sound=not filled.intersection(seq.pages)) for seq in unlucky]
+        unlucky = dict.fromkeys([*(chunk.seq for chunk in batch.chunks), *self._unfilled])
+        events = [self._fail(seq, message) for seq in unlucky if not seq.finished]
+        self._unfilled.clear()
+        self.cache.unpin()
+        return events
 
-    def _fail(self, seq: Sequence, message: str, *, sound: bool = True) -> TokenEvent:
-        self._finish(seq, "error", sound=sound)
+    def _filled(self) -> None:
+        """The batch in progress was computed, and before it, pages got what is known of them."""
+        self.cache.unpin()
+        unfilled, self._unfilled = self._unfilled, []
+        for seq in unfilled:
+            if not seq.finished:
+                self.cache.keep(seq)
+
+    def _fail(self, seq: Sequence, message: str, trust: Trust = "all") -> TokenEvent:
+        self._finish(seq, "error", trust)
         return TokenEvent(seq, None, "", "error", message)
 
-    def _finish(self, seq: Sequence, reason: FinishReason, *, sound: bool = True) -> None:
+    def _finish(self, seq: Sequence, reason: FinishReason, trust: Trust = "all") -> None:
         seq.finish_reason = reason
         self._deadlines -= seq.deadline is not None
-        self._cancel(seq)
-        self.cache.release(seq, sound=sound)
+        self._awaited.pop(seq, None)
+        self._release(seq, trust)
         self.stopping.forget(seq)
         self._finished(seq)
         if seq in self.running:
             self.running.remove(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)
+
+    def _release(self, seq: Sequence, trust: Trust = "all") -> None:
+        """Its pages go back; what is asked for is not wanted any more."""
+        self.restoring.cancel(seq)
+        if seq in self._unfilled and trust == "all":
+            trust = "kept"
+        doubtful = self.cache.release(seq, trust)
+        if doubtful and self.store is not None:
+            self.store.discard(doubtful)

@@ -10,7 +10,7 @@ layer's own output. The next step computes the drafts behind the drawn token and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,9 @@ from hetero_glm5.engine.batch import BatchTensors
 from hetero_glm5.engine.draft_depth import DraftDepth
 from hetero_glm5.model.moe import Experts
 from hetero_glm5.model.mtp import MTP
-from hetero_glm5.model.state import Cache, Rows
+from hetero_glm5.model.state import Cache, Clocked, Rows
+
+TOGETHER = 16  # rows whose keys are made together at the latest
 
 Grow = Callable[[Sequence, int], bool]  # gives a sequence pages for so many tokens, if there are any
 
@@ -45,23 +47,33 @@ class Drafter:
 
     def __init__(self, mtp: MTP, experts: Experts, cache: Cache, tensors: BatchTensors, depth: DraftDepth):
         self.mtp, self.experts, self.cache, self.tensors, self.depth = mtp, experts, cache, tensors, depth
+        self._following: list[int] = []  # of the rows whose keys are to be made, the tokens after them,
+        self._places: list[Tensor] = []  # positions and slots [2, rows], on the CPU,
+        self._hidden: list[Tensor] = []  # and hidden states [rows, hidden]
 
     @torch.inference_mode()
     def draft(self, step: Computed, grow: Grow, context_length: int) -> None:
         """Sets `drafts` of the sequences that decode next. Call it after the step was committed, before the next is
         scheduled."""
         started = time.perf_counter()
-        last = self._remember(step)
-        seqs = [seq for seq in last if seq.decoding]
+        known = _known(step)
+        seqs = [seq for seq in known if seq.decoding]
         wanted = self.depth.choose(len(seqs)) if seqs else 0
         todo = {}
         for seq in seqs:
             seq.drafts = ()
-            todo[seq] = min(wanted, _useful(seq, context_length))
-            if todo[seq] > 0 and not grow(seq, len(seq.tokens) - 1 + todo[seq]):
-                todo[seq] = 0
-        state = step.hidden[[last[seq] for seq in seqs]]
-        for number in range(max(todo.values(), default=0)):
+            count = min(wanted, _useful(seq, context_length))
+            if count > 0 and grow(seq, len(seq.tokens) - 1 + count):
+                todo[seq] = count
+        self._remember(step, known, todo)
+        if todo:
+            self._draft(step, {seq: known[seq][-1] for seq in todo}, todo)
+            self.depth.drafted(len(todo), max(todo.values()), time.perf_counter() - started)
+
+    def _draft(self, step: Computed, last: dict[Sequence, int], todo: dict[Sequence, int]) -> None:
+        """todo[seq] drafts for each sequence, from the hidden state in row last[seq] of the step."""
+        seqs, state = list(todo), step.hidden[list(last.values())]
+        for number in range(max(todo.values())):
             kept = [i for i, seq in enumerate(seqs) if todo[seq] > number]
             if len(kept) < len(seqs):
                 seqs, state = [seqs[i] for i in kept], state[kept]
@@ -72,31 +84,45 @@ class Drafter:
             state = self.mtp.forward(state, rows, self.cache, self.experts)
             for seq, token in zip(seqs, self.mtp.model.logits(state).argmax(-1).tolist(), strict=True):
                 seq.drafts += (token,)
-        if number_of := max(todo.values(), default=0):
-            self.depth.drafted(len(todo), number_of, time.perf_counter() - started)
 
-    def _remember(self, step: Computed) -> dict[Sequence, int]:
-        """Makes the keys of all positions whose next token is known; returns each sequence's last row of these."""
+    def _remember(self, step: Computed, known: dict[Sequence, range], drafting: Container[Sequence]) -> None:
+        """Notes the known rows, but for the last one of a sequence that is drafted for: drafting makes its key. While
+        nothing is drafted and nothing ends, the keys of several steps are made together."""
         kept: list[int] = []
-        following: list[int] = []
-        last = {}
-        for (seq, first), segment in zip(step.chunks, step.rows.segments, strict=True):
-            count = min(segment.stop - segment.start, len(seq.tokens) - 1 - first)
-            if count > 0 and seq.finish_reason != "error":
-                kept += range(segment.start, segment.start + count)
-                following += seq.tokens[first + 1 : first + 1 + count]
-                last[seq] = segment.start + count - 1
+        ended = False
+        for seq, first in step.chunks:
+            rows = known.get(seq, range(0))
+            rows = rows[: len(rows) - (seq in drafting)]
+            kept += rows
+            self._following += seq.tokens[first + 1 : first + 1 + len(rows)]
+            ended = ended or not seq.decoding
         if kept:
-            at = torch.tensor(kept, device=step.hidden.device)
-            rows = Rows(
-                token_ids=torch.tensor(following, device=step.hidden.device),
-                positions=step.rows.positions[at],
-                slots=step.rows.slots[at],
-                segments=[],
-                clock=step.rows.clock,
-            )
-            self.mtp.remember(step.hidden[at], rows, self.cache)
-        return last
+            at = torch.tensor(kept)
+            self._places.append(self.tensors.places[:, at])
+            self._hidden.append(step.hidden[at.to(step.hidden.device)])
+        if drafting or ended or len(self._following) >= TOGETHER:
+            self.catch_up(step.rows.clock)
+
+    def catch_up(self, clock: Clocked) -> None:
+        """Makes the keys of the rows that were noted. (Should a row's page have gone to another sequence meanwhile,
+        that one's drafts may be worse for it; no token depends on these keys.)"""
+        if not self._following:
+            return
+        hidden = torch.cat(self._hidden)
+        positions, slots = torch.cat(self._places, 1).to(hidden.device)
+        tokens = torch.tensor(self._following, device=hidden.device)
+        self._following, self._places, self._hidden = [], [], []
+        self.mtp.remember(hidden, Rows(tokens, positions, slots, segments=[], clock=clock), self.cache)
+
+
+def _known(step: Computed) -> dict[Sequence, range]:
+    """Of each sequence of the step the rows whose next token is known: not those of drafts that were wrong."""
+    known = {}
+    for (seq, first), segment in zip(step.chunks, step.rows.segments, strict=True):
+        count = min(segment.stop - segment.start, len(seq.tokens) - 1 - first)
+        if count > 0 and seq.finish_reason != "error":
+            known[seq] = range(segment.start, segment.start + count)
+    return known
 
 
 def _useful(seq: Sequence, context_length: int) -> int:

@@ -7,6 +7,7 @@ from tiny import tiny_checkpoint
 
 from hetero_glm5.core import SamplingParams
 from hetero_glm5.llm import LLM
+from hetero_glm5.model_config import DEMO
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -46,3 +47,18 @@ def test_what_is_served_agrees_within_its_rounding(checkpoints, fp8, ratio):
     with load(folder, "cuda", ratio) as llm:
         got = llm.logits(PROMPTS[0])
     assert ((got - want).norm() / want.norm()) < 0.02
+
+
+@pytest.mark.parametrize("flags", [{}, {"speculative_algorithm": "MTP"}, {"kv_cache_dtype": "fp8_e4m3"}], ids=str)
+def test_reuse_drafts_and_restored_pages(tmp_path, flags):
+    """The demo model, each prompt again after its answer, then once more from disk."""
+    prompts = [f"[gMASK]<sop><|user|>Tell me a story of {name}.<|assistant|></think>" for name in ("Ann", "Bob")]
+    flags = {"max_total_tokens": 2048, "page_size": 16, "dtype": "float32", **flags}
+    with LLM(DEMO, device="cpu", **flags) as llm:
+        want = [output.text for output in llm.generate(prompts, GREEDY)]
+    for _ in range(2):
+        with LLM(DEMO, device="cuda", kv_disk_path=str(tmp_path), kv_host_size=0.1, **flags) as llm:
+            for _ in range(2):
+                outputs = llm.generate(prompts, GREEDY)
+                assert [output.text for output in outputs] == want
+            assert all(output.num_cached >= len(output.prompt_token_ids) - 1 for output in outputs)

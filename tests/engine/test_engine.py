@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from oracle import random_ids
 from tiny import tiny_checkpoint
 
 from hetero_glm5.config import EngineConfig
-from hetero_glm5.core import SamplingParams
+from hetero_glm5.core import QueueFull, RequestError, SamplingParams
 from hetero_glm5.engine.engine import Engine
 from hetero_glm5.flags import ConfigError
 from hetero_glm5.llm import LLM
@@ -101,3 +103,38 @@ def test_a_dump_counts_what_a_trace_holds(checkpoints, tmp_path, monkeypatch, he
         assert np.array_equal(data[f"gpu_{phase}_count"][2:], (counts * masks).sum(0))
         assert told["tokens"][phase] == rows.sum() > 0
         assert told["hit_rate"][phase] == pytest.approx((counts * masks).sum() / counts.sum())
+
+
+def test_a_request_that_is_refused_leaves_nothing(engine):
+    for _ in range(engine.config.max_queued_requests):
+        engine.add([1], FOUR)
+    with pytest.raises(QueueFull):
+        engine.add([1], FOUR)
+    assert len(engine.sampler._shaping) == engine.num_waiting == engine.config.max_queued_requests
+    with pytest.raises(RequestError, match="n is 64; at most 3 can wait"):
+        engine.config = replace(engine.config, max_queued_requests=3)
+        engine.add_all([1], replace(FOUR, n=64))
+
+
+def test_a_deadline_is_told_also_when_the_step_fails(engine):
+    late, other = engine.add([1, 2, 3], FOUR, timeout=0.0), engine.add([4, 5], FOUR)
+    engine.runner.forward = lambda batch, clock: 1 / 0
+    (event,) = engine.step()
+    assert event.seq is late and "deadline has passed" in event.error
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    assert [event.seq for event in engine.fail_step("no luck")] == [other]
+
+
+def test_an_interrupted_call_leaves_no_page_that_was_not_filled(checkpoints, monkeypatch):
+    folder, prompt = tiny_checkpoint(checkpoints), random_ids(40, seed=5)
+    flags = {"max_total_tokens": 64, "page_size": 8, "kv_host_size": 0.01, "dtype": "float32"}
+    with LLM(folder, device="cpu", skip_tokenizer=True, **flags) as llm:
+        want = llm.generate(prompt, FOUR)[0].token_ids
+        llm.generate(random_ids(60, seed=6), FOUR)  # the pool forgets the prompt, the host does not
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.engine.runner, "forward", lambda batch, clock: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                llm.generate(prompt, FOUR)
+        again = llm.generate(prompt, FOUR)[0]
+        assert again.num_cached >= 32 and again.token_ids == want

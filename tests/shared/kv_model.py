@@ -37,9 +37,10 @@ class KvModel:
         """Computes the batch; what its rows draw, as the sampler would give it."""
         for page, content in batch.restored:
             self.slots[page * self.size : (page + 1) * self.size] = content
-        for copy in batch.copies:
-            source, target = copy.source * self.size, copy.target * self.size
-            self.slots[target : target + copy.count] = self.slots[source : source + copy.count]
+        sources = [self.read_page(copy.source) for copy in batch.copies]  # all are read before any is written
+        for copy, source in zip(batch.copies, sources, strict=True):
+            target = copy.target * self.size
+            self.slots[target : target + copy.count] = source[: copy.count]
         return [self._compute(chunk) for chunk in batch.chunks]
 
     def _compute(self, chunk) -> list[Drawn]:

@@ -1,8 +1,13 @@
 """Tool use: a prompt that offers tools, requests that need one call, two or none, results and answers from them.
 
-Names of functions and arguments vary from document to document, and many of them say nothing (`Draw.label`), so the
-model has to find a function by its description, and to copy the names. One way to say everything: the reasoning names
-the functions with their arguments in order, the calls follow.
+Every tool and argument is described. Names vary from document to document, and some say nothing (`Draw.label`), so the
+model has to find a function by its description. The reasoning does that in steps that are each easy to learn. It goes
+through the tools in the prompt's order, and for each writes the number, the name that has this number, the description
+that follows the name, a few words that are always the same for such a tool, and the number again. Then it says what is
+wanted, in those words, and what followed them: the number; with the number go the name and the arguments. (What a small
+model learns last is to go from a description back to the name before it, and to compare two texts.)
+
+A document's requests go round the tools on offer, so that few can be answered as the one before was.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from hetero_glm5.demo.corpus import chats, project, sums
 from hetero_glm5.demo.corpus.document import Document, Message, Task, assistant, chat, opening, user
@@ -20,9 +25,13 @@ from hetero_glm5.demo.corpus.tool_table_more import MORE
 from hetero_glm5.demo.corpus.tool_values import Value, schema, value, varied
 from hetero_glm5.demo.corpus.words import Draw, held_out, unfolded
 
+T = TypeVar("T")
 KIND = "tools"
 OFTEN = {"get_weather": 8, "get_time": 2, "web_search": 2, "calculate": 2}  # times as often as the other tools
-RENAMED = 0.45  # share of functions, and of arguments, whose names say nothing; these are described
+RENAMED = 0.12  # share of functions, and of arguments, whose names say nothing
+THINKING = 0.85  # share of documents and of tasks
+DIRECTORIES = 0.1  # share of documents that ask which tools there are
+PLAIN = 0.15  # share of requests in a description's own words
 CHAINS = (  # first tool, its field, second tool, the argument it fills, what the user says
     ("find_contact", "email", "send_email", "to", 'Look up {name} and email "{body}". | Email {name} "{body}".'),
     ("find_contact", "email", "send_email", "to", 'Find the address of {name} and write "{body}".'),
@@ -37,6 +46,10 @@ CHAINS = (  # first tool, its field, second tool, the argument it fills, what th
     ("list_todos", "first", "set_reminder", "text", "Remind me of my first task at {time}."),
 )  # fmt: skip
 LEADS = ("Please: ", "Hey! ", "Hello. ", "Hi. ", "Quickly: ", "One more thing: ", "Next: ", "A request: ", "Now: ")
+DIRECTORY_ASKS = (
+    "Which functions do you have?", "List your tools.", "What can you call?", "Name all your functions.",
+    "Which tools are there?", "Show me the functions you can use.", "What are your tools?",
+)  # fmt: skip
 ERRORS = ("not found", "no connection", "permission denied", "timeout", "unknown name")
 
 
@@ -106,44 +119,64 @@ _RELATIVES = _relatives()
 
 @dataclass(frozen=True)
 class Offer:
-    """A tool as one document shows it, its choices too: `keys` are its arguments' names there, by their names in the
-    table."""
+    """A tool as one document shows it, with one description and its choices: `keys` are its arguments' names there, by
+    their names in the table."""
 
     tool: Tool
     name: str
     keys: dict[str, str]
     json: dict[str, Any]
+    number: int = 1  # which of the tools in the prompt
+    listing: str = ""  # of the reasoning, what it says of the tools
+
+    @property
+    def purpose(self) -> str:
+        """The tool in a few words, always the same."""
+        return self.tool.names[0].replace("_", " ")
+
+    @property
+    def line(self) -> str:
+        """The name in quotes, so that it keeps the tokens it has in the tools' JSON."""
+        return f'#{self.number} "{self.name}": {self.tool.descriptions[0]}'
+
+    @property
+    def told(self) -> str:
+        return f"{self.line} = {self.purpose} #{self.number}. "
+
+    def chosen(self, keys: list[str]) -> str:
+        return f'{self.listing}Wanted: {self.purpose} #{self.number} "{self.name}"{_with(keys)}'
 
 
-def offer(draw: Draw, tool: Tool) -> Offer:
-    tool = replace(tool, parameters=tuple(replace(p, kind=varied(draw, p.kind)) for p in tool.parameters))
-    name = _function_name(draw, tool)
-    renamed = {parameter.names[0] for parameter in tool.parameters if draw.chance(RENAMED)}
-    keys = _keys(draw, tool, renamed)
-    described = bool(renamed) or draw.chance(0.7)
+def _with(keys: list[str]) -> str:
+    return ", with " + ", ".join(f'"{key}"' for key in keys) if keys else ""
+
+
+def offer(draw: Draw, tool: Tool, renamed: float = RENAMED) -> Offer:
+    varying = tuple(replace(p, kind=varied(draw, p.kind)) for p in tool.parameters)
+    tool = replace(tool, descriptions=(draw.choice(tool.descriptions),), parameters=varying)
+    name, keys = _function_name(draw, tool, renamed), _keys(draw, tool, renamed)
     properties = {}
     for parameter in tool.parameters:
-        properties[keys[parameter.names[0]]] = schema(parameter.kind) | (
-            {"description": draw.choice(parameter.descriptions)} if described else {}
-        )
+        described = {"description": draw.choice(parameter.descriptions)}
+        properties[keys[parameter.names[0]]] = schema(parameter.kind) | described
     required = [keys[p.names[0]] for p in tool.parameters if p.phrase is None]
     parameters: dict[str, Any] = {"type": "object", "properties": properties}
     if required or draw.chance(0.5):
         parameters["required"] = required
-    function = {"name": name, "description": draw.choice(tool.descriptions), "parameters": parameters}
-    if draw.chance(0.1):
+    function = {"name": name, "description": tool.descriptions[0], "parameters": parameters}
+    if draw.chance(0.05):
         parameters["additionalProperties"] = False
         function["strict"] = True
     return Offer(tool, name, keys, {"type": "function", "function": function})
 
 
-def _keys(draw: Draw, tool: Tool, renamed: set[str]) -> dict[str, str]:
+def _keys(draw: Draw, tool: Tool, renamed: float) -> dict[str, str]:
     while True:
         keys = {}
         for parameter in tool.parameters:
             first, names = parameter.names[0], _names(draw, parameter.names)
             known = first if draw.chance(0.2) else draw.choice(names)
-            keys[first] = draw.label(known) if first in renamed else known
+            keys[first] = draw.label(known) if draw.chance(renamed) else known
         if len(set(keys.values())) == len(keys):
             return keys
 
@@ -152,15 +185,15 @@ def _names(draw: Draw, names: tuple[str, ...]) -> list[str]:
     return list(names) if draw.held_out else _TRAIN_NAMES[names]
 
 
-def _function_name(draw: Draw, tool: Tool) -> str:
+def _function_name(draw: Draw, tool: Tool, renamed: float) -> str:
     name = tool.names[0] if draw.chance(0.3) else draw.choice(_names(draw, tool.names))
-    if draw.chance(RENAMED):
+    if draw.chance(renamed):
         return draw.label(name)
     style = draw.integer(0, 9)
-    if style < 2:
+    if style < 1:
         head, *rest = name.split("_")
         return head + "".join(word.capitalize() for word in rest)
-    if style < 4:
+    if style < 2:
         return f"{draw.invented().lower()}_{name}"
     return name
 
@@ -176,9 +209,7 @@ class Call:
 
     @property
     def plan(self) -> str:
-        """In quotes, so that a name keeps the tokens it has in the tools' JSON."""
-        keys = [f'"{self.offer.keys[key]}"' for key in self.values]
-        return f'"{self.offer.name}"' + (f" with {', '.join(keys)}" if keys else "")
+        return self.offer.chosen([self.offer.keys[key] for key in self.values])
 
     @property
     def said(self) -> dict[str, str]:
@@ -201,8 +232,23 @@ def single(draw: Draw, offered: Offer) -> Round:
         return single(draw, offered)
     call = Call(offered, values)
     ask = draw.choice(tool.asks)
+    if draw.chance(PLAIN):
+        ask = plain(draw, call) or ask
     end = ask[-1] if ask[-1] in ".?" else ""
     return ask.removesuffix(end).format(**call.said) + phrases + end, [[call]]
+
+
+def plain(draw: Draw, call: Call) -> str:
+    """The request in a description's words; empty if a value has to be said in a way of its own."""
+    tool = call.offer.tool
+    required = [parameter.names[0] for parameter in tool.parameters if parameter.phrase is None]
+    kinds = [type(call.values[key][0]) for key in required]
+    if not set(kinds) <= {str, int, float}:
+        return ""
+    texts = [f'"{{{key}}}"' if kind is str else f"{{{key}}}" for key, kind in zip(required, kinds, strict=True)]
+    if len(texts) > 1:
+        texts = [f"{key} {text}" for key, text in zip(required, texts, strict=True)]
+    return draw.choice(tool.descriptions) + (": " + ", ".join(texts) if texts else "") + "."
 
 
 def parallel(draw: Draw, offered: Offer) -> Round:
@@ -253,7 +299,8 @@ def called(calls: list[Call], number: int, reasoning: str) -> Message:
 
 
 def plan(calls: list[Call]) -> str:
-    return f"I call {', then '.join(call.plan for call in calls)}."
+    """Of one call, or of as many of one function."""
+    return calls[0].plan + (", twice." if len(calls) > 1 else ".")
 
 
 def answered(message: Message, results: list[dict[str, Any]]) -> list[Message]:
@@ -292,7 +339,7 @@ def toolless(draw: Draw, thinking: bool) -> list[Message]:
     return [user(ask), assistant(said, "I need no tool." if thinking else "")]
 
 
-def pick(draw: Draw, count: int, wanted: list[str]) -> list[Offer]:
+def pick(draw: Draw, count: int, wanted: list[str], renamed: float = RENAMED) -> list[Offer]:
     """`count` offers of different tools and names, those of `wanted` among them, in any order; half of the others are
     related to the first."""
     names = list(wanted)
@@ -302,59 +349,70 @@ def pick(draw: Draw, count: int, wanted: list[str]) -> list[Offer]:
             names.append(name)
     offers: list[Offer] = []
     for name in names:
-        while (offered := offer(draw, TOOLS[name])).name in {other.name for other in offers}:
+        while (offered := offer(draw, TOOLS[name], renamed)).name in {other.name for other in offers}:
             pass
         offers.append(offered)
     draw.rng.shuffle(offers)
-    return offers
+    numbered = [replace(offered, number=number) for number, offered in enumerate(offers, 1)]
+    listing = "".join(offered.told for offered in numbered)
+    return [replace(offered, listing=listing) for offered in numbered]
 
 
 def _shown(offers: list[Offer]) -> list[dict[str, Any]]:
     return [offered.json for offered in offers]
 
 
-def _belongs(draw: Draw, make: Callable[[], Round]) -> Round:
-    """A request of this split, by its wording."""
+def _belongs(draw: Draw, make: Callable[[], tuple[str, T]]) -> tuple[str, T]:
+    """A request of this split, by its wording, and what belongs to it."""
 
-    def led() -> Round:
-        ask, steps = make()
-        return (draw.choice(LEADS) if draw.chance(0.3) else "") + ask, steps
+    def led() -> tuple[str, T]:
+        ask, made = make()
+        return (draw.choice(LEADS) if draw.chance(0.3) else "") + ask, made
 
     return draw.until(led, lambda made: made[0])
 
 
-def request(draw: Draw, offers: list[Offer], thinking: bool) -> list[Message]:
+def request(draw: Draw, offers: list[Offer], offered: Offer, thinking: bool) -> list[Message]:
+    """Mostly for `offered`."""
     kind = draw.rng.random()
-    if kind < 0.1:
+    if kind < 0.06:
         return toolless(draw, thinking)
-    if kind < 0.13:
+    if kind < 0.08:
         others = [name for name in TOOLS if all(name != offered.tool.names[0] for offered in offers)]
         missing = Offer(TOOLS[draw.choice(others)], "", {}, {})
         ask, _ = _belongs(draw, lambda: single(draw, missing))
-        return [user(ask), assistant("Sorry, I have no tool for that.", "No tool does that." if thinking else "")]
-    twice = [offered for offered in offers if offered.tool.both]
-    if kind < 0.36 and twice:
-        offered = draw.choice(twice)
+        reasoning = f"{offers[0].listing}Wanted: {missing.purpose}. No tool does that." if thinking else ""
+        return [user(ask), assistant("Sorry, I have no tool for that.", reasoning)]
+    if offered.tool.both and kind < 0.4:
         return conversation(draw, _belongs(draw, lambda: parallel(draw, offered)), None, thinking)
-    offered = draw.choice(offers)
     return conversation(draw, _belongs(draw, lambda: single(draw, offered)), None, thinking)
+
+
+def directory(draw: Draw, offers: list[Offer], thinking: bool) -> list[Message]:
+    """The question which tools there are."""
+    ask, _ = _belongs(draw, lambda: (draw.choice(DIRECTORY_ASKS), None))
+    said = " ".join(f"{offered.line}{_with(list(offered.keys.values()))}." for offered in offers)
+    return [user(ask), assistant(said, "I need no tool." if thinking else "")]
 
 
 def documents(draw: Draw) -> Iterator[Document]:
     while True:
-        thinking = draw.chance(0.6)
+        thinking = draw.chance(THINKING)
         messages = opening(draw)
-        if draw.chance(0.1):
+        if draw.chance(DIRECTORIES):
+            offers = pick(draw, draw.integer(2, 6), [], renamed=0.5)
+            messages += directory(draw, offers, thinking)
+        elif draw.chance(0.06):
             link = draw.choice(CHAINS)
             offers = pick(draw, draw.integer(2, 4), [link[0], link[2]])
             by_name = {offered.tool.names[0]: offered for offered in offers}
             round_ = _belongs(draw, lambda link=link, offers=by_name: chain(draw, link, offers))
             messages += conversation(draw, round_, link, thinking)
         else:
-            wanted = [draw.choice(_WEIGHTED)]
-            offers = pick(draw, draw.choice((1, 2, 3, 3, 4)), wanted)
-            for _ in range(draw.choice((1, 2, 3, 4, 5))):
-                messages += request(draw, offers, thinking)
+            offers = pick(draw, draw.choice((1, 2, 2, 3, 3, 3, 4, 4)), [draw.choice(_WEIGHTED)])
+            order = draw.sample(offers, len(offers))
+            for number in range(draw.integer(len(offers), min(5, 2 * len(offers)))):
+                messages += request(draw, offers, order[number % len(order)], thinking)
         yield chat(KIND, messages, _shown(offers))
 
 
@@ -369,7 +427,7 @@ def tasks(draw: Draw, tokens: int) -> Iterator[Task]:
         else:
             offered = draw.choice(offers)
             round_ = _belongs(draw, lambda offered=offered: single(draw, offered))
-        thinking = draw.chance(0.6)
+        thinking = draw.chance(THINKING)
         ask, (calls,) = round_
         expected: Any = [{"name": call.offer.name, "arguments": call.arguments} for call in calls]
         messages = [user(ask)]

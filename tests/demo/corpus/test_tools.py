@@ -12,7 +12,19 @@ import pytest
 from hetero_glm5.demo.corpus import documents, tasks
 from hetero_glm5.demo.corpus.document import Document, assistant, chat
 from hetero_glm5.demo.corpus.tool_values import schema, value
-from hetero_glm5.demo.corpus.tools import CHAINS, LEADS, TOOLS, chain, conversation, offer, pick, plan, single
+from hetero_glm5.demo.corpus.tools import (
+    CHAINS,
+    LEADS,
+    TOOLS,
+    chain,
+    conversation,
+    directory,
+    offer,
+    pick,
+    plain,
+    plan,
+    single,
+)
 from hetero_glm5.demo.corpus.words import Draw, held_out
 from hetero_glm5.server.parsers import OutputParser, ParsedMessage
 
@@ -59,15 +71,21 @@ def is_valid(arguments: dict[str, Any], parameters: dict[str, Any]) -> bool:
 def test_every_call_parses_into_what_the_tools_ask_for(split):
     counts = {"calls": 0, "parallel": 0, "none": 0, "thinking": 0}
     for document in itertools.islice(documents("tools", split, 4), 500):
-        parameters = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools_of(document)}
+        functions = {tool["function"]["name"]: tool["function"] for tool in tools_of(document)}
         for message in turns(document):
             calls = calls_of(message)
-            assert all(is_valid(call["arguments"], parameters[call["name"]]) for call in calls)
+            assert all(is_valid(call["arguments"], functions[call["name"]]["parameters"]) for call in calls)
             assert bool(calls) != bool(message.content), "a turn either calls or answers"
             assert "<" not in message.content.replace("<sop>", "")
             if calls and message.reasoning:
-                planned = re.findall(r'"(\w+)"', message.reasoning)
-                assert planned == [word for call in calls for word in (call["name"], *call["arguments"])]
+                lines = re.findall(r'#(\d) "(.+?)": ([^=]+) = (.+?) #(\d)\. ', message.reasoning)
+                shown = [(str(i), name, f["description"]) for i, (name, f) in enumerate(functions.items(), 1)]
+                assert [line[:3] for line in lines] == shown and all(line[0] == line[4] for line in lines)
+                wanted, number, rest = re.findall(r"Wanted: (.+?) #(\d) (.+)", message.reasoning)[0]
+                assert (number, wanted) in [(line[0], line[3]) for line in lines]
+                planned = re.findall(r'"(.+?)"', rest)
+                assert all(planned == [call["name"], *call["arguments"]] for call in calls)
+                assert message.reasoning.endswith(", twice.") == (len(calls) == 2)
             counts["calls"] += len(calls)
             counts["parallel"] += len(calls) > 1
             counts["none"] += not calls
@@ -145,6 +163,18 @@ def test_chains_pass_a_result_on(link):
         pytest.fail("every call failed")
 
 
+def test_a_directory_gives_every_function_with_its_arguments():
+    draw = Draw("train", "directory")
+    for _ in range(30):
+        offers = pick(draw, 6, [], renamed=0.5)
+        _, said = directory(draw, offers, thinking=True)
+        for tool, line in zip(offers, said["content"].split(" #"), strict=True):
+            function = tool.json["function"]
+            assert re.findall(r'"(.+?)"', line) == [function["name"], *function["parameters"]["properties"]]
+            assert f": {function['description']}" in line and line.startswith((f"{tool.number} ", "#1 "))
+    assert said["reasoning_content"] == "I need no tool."
+
+
 def test_names_vary_and_never_clash():
     draw = Draw("train", "names")
     names = set()
@@ -157,21 +187,40 @@ def test_names_vary_and_never_clash():
     assert len(names) > 400
 
 
-def test_many_names_can_only_be_copied():
-    """The names that no table holds, and that a tool which has them describes its arguments."""
+def test_some_names_can_only_be_copied_and_all_is_described():
     draw = Draw("train", "renamed")
     tables = [names for tool in TOOLS.values() for names in (tool.names, *(p.names for p in tool.parameters))]
     known = set(itertools.chain.from_iterable(tables))
     functions = keys = renamed = 0
     for _ in range(200):
         for offered in pick(draw, 4, []):
-            properties = offered.json["function"]["parameters"]["properties"]
+            function = offered.json["function"]
+            properties = function["parameters"]["properties"]
             functions += offered.name not in known
             keys += len(properties)
             renamed += len(set(properties) - known)
-            if set(properties) - known:
-                assert all("description" in shown for shown in properties.values())
-    assert functions > 400 and renamed > 0.35 * keys
+            assert all(shown["description"] for shown in (function, *properties.values()))
+    assert 150 < functions < 400 and 0.07 * keys < renamed < 0.17 * keys
+
+
+def test_some_requests_are_descriptions():
+    draw = Draw("train", "plain")
+    descriptions = [description for tool in TOOLS.values() for description in tool.descriptions]
+    asks = [single(draw, offered)[0] for _ in range(200) for offered in pick(draw, 4, [])]
+    found = sum(ask.startswith(tuple(descriptions)) for ask in asks)
+    assert 0.08 < found / len(asks) < 0.25
+    offered = offer(draw, TOOLS["send_money"])
+    _, [[call]] = single(draw, offered)
+    text = plain(draw, call)
+    assert text.endswith(': person "{person}", amount {amount}.') and text.split(":")[0] in offered.tool.descriptions
+
+
+def test_a_documents_requests_go_round_its_tools():
+    different = calls = 0
+    for document in itertools.islice(documents("tools", "train", 6), 200):
+        names = re.findall(r"<tool_call>([^<{]+)", document.text)
+        different, calls = different + len(set(names)), calls + len(names)
+    assert different > 0.55 * calls
 
 
 def test_the_others_on_offer_are_often_related():
@@ -214,4 +263,5 @@ def test_plan():
     offered = offer(draw, TOOLS["roll_dice"])
     _, [calls] = single(draw, offered)
     keys = [f'"{key}"' for key in offered.keys.values()]
-    assert plan(calls) == f'I call "{offered.name}" with {keys[0]}, {keys[1]}.'
+    told = f'Wanted: roll dice #1 "{offered.name}", with {keys[0]}, {keys[1]}'
+    assert plan(calls) == told + "." and plan(calls * 2) == told + ", twice."
