@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from hetero_glm5.core import RequestError, SamplingParams
+from hetero_glm5.core import MOST_STOP_CHARACTERS, MOST_STOPS, RequestError, SamplingParams
 from hetero_glm5.server.fields import shown
 from hetero_glm5.server.protocol import RequestBody
 from hetero_glm5.server.tokenizer import SamplingDefaults
@@ -77,6 +77,9 @@ class Message(BaseModel):
         return _blocks(value, _BLOCKS[info.data["role"]]) if "role" in info.data else []
 
 
+StopSequence = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
+
+
 class ToolChoice(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["auto", "any", "tool", "none"] = "auto"
@@ -108,7 +111,7 @@ class Conversation(RequestBody):
         ("metadata", "cache_control", "service_tier", "betas", "anthropic_beta", "anthropic_version")
         + ("context_management", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id")
     )
-    unsupported = {"container": (), "mcp_servers": ([],)}  # noqa: RUF012
+    unsupported = {"container": (), "mcp_servers": ([],)}
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     system: Annotated[Any, BeforeValidator(_blocks)] = []
@@ -151,7 +154,7 @@ class CountRequest(Conversation):
 
 class MessagesRequest(Conversation):
     max_tokens: int
-    stop_sequences: Annotated[list[str], Field(fail_fast=True)] = []
+    stop_sequences: Annotated[list[StopSequence], Field(fail_fast=True, max_length=MOST_STOPS)] = []
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

@@ -201,7 +201,7 @@ class ResponsesRequest(RequestBody):
     text: Annotated[Text, BeforeValidator(lambda value: {} if value is None else value)] = Text()
     reasoning: Annotated[Reasoning, BeforeValidator(lambda value: {} if value is None else value)] = Reasoning()
     include: list[str] | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: float | None = None
     top_p: float | None = None
     metadata: dict[str, Any] | None = None
