@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from hetero_glm5.core import SamplingParams
 from hetero_glm5.server.anthropic_protocol import CountRequest, MessagesRequest
-from hetero_glm5.server.errors import KNOWN, describe, error_body
+from hetero_glm5.server.errors import KNOWN, RETRY_SECONDS, describe, error_body
 from hetero_glm5.server.protocol import parse_request
 from hetero_glm5.server.turn import Change, Part, Turn, answer, make_turn, named_event
 
@@ -65,7 +65,7 @@ class AnthropicRoute(APIRoute):
                 status, body = describe(error)
             except HTTPException as error:
                 status, body = error.status_code, error_body(str(error.detail), "")
-            retry = {"Retry-After": "5"} if status in (429, 503) else None
+            retry = {"Retry-After": RETRY_SECONDS} if status in (429, 503) else None
             return _json(_error(body["error"], status), status, retry)
 
         return handle_or_tell
@@ -77,7 +77,7 @@ class MessageTeller:
     ping = named_event({"type": "ping"})
 
     def __init__(self, turn: Turn, model: str):
-        self.turn, self._model, self._id = turn, model, f"msg_{secrets.token_hex(12)}"
+        self.turn, self._model, self.id = turn, model, f"msg_{secrets.token_hex(12)}"
 
     def opening(self) -> list[bytes]:
         return [named_event({"type": "message_start", "message": self._message([])})]
@@ -101,7 +101,7 @@ class MessageTeller:
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self.id,
             "type": "message",
             "role": "assistant",
             "model": self._model,

@@ -64,7 +64,7 @@ class ResponseTeller:
         self, turn: Turn, asked: ResponsesRequest, model: str, before: Messages, kept: Recent[Messages] | None
     ):
         self.turn, self._asked, self._model, self._before, self._kept = turn, asked, model, before, kept
-        self._id, self._created, self._sent = f"resp_{secrets.token_hex(12)}", int(time.time()), 0
+        self.id, self._created, self._sent = f"resp_{secrets.token_hex(12)}", int(time.time()), 0
 
     def opening(self) -> list[bytes]:
         begun = self._response("in_progress")
@@ -85,14 +85,14 @@ class ResponseTeller:
         finished = self.turn.finish_reason == "stop"
         if finished and self._kept is not None:
             conversation = [*self._before, *self._asked.input, _message(self.turn.parts)]
-            self._kept.put(self._id, conversation, sum(map(_size, conversation)))
+            self._kept.put(self.id, conversation, sum(map(_size, conversation)))
         return self._response("completed" if finished else "incomplete")
 
     def _response(self, status: str) -> dict[str, Any]:
         asked = self._asked
         reason = {"reason": "max_output_tokens"} if self.turn.finish_reason == "length" else None
         return {
-            "id": self._id,
+            "id": self.id,
             "object": "response",
             "created_at": self._created,
             "status": status,

@@ -23,14 +23,18 @@ MOST_CHARACTERS = 32 << 20  # of sampled text that is kept
 
 @dataclass(frozen=True)
 class SampledTurn:
-    """One turn: its text, the answer in it (what follows the reasoning), and what the client was told."""
+    """A turn's text, and what the client was told of it."""
 
     text: str
-    answer: str
-    thinking: bool  # whether the prompt had opened the reasoning
+    thinking: bool  # it began inside the reasoning
     reasoning: str
     content: str
-    calls: tuple[tuple[str, str, str], ...]  # (id, name, arguments as JSON)
+    calls: tuple[tuple[str, str, str], ...]  # (id, name, arguments)
+
+    @property
+    def answer(self) -> str:
+        """The text after the reasoning."""
+        return re.split("</think>|(?=<tool_call>)", self.text, maxsplit=1)[-1] if self.thinking else self.text
 
 
 class Replay:
@@ -40,7 +44,10 @@ class Replay:
         self._turns: Recent[SampledTurn] = Recent(most_characters)
 
     def remember(self, turn: SampledTurn) -> None:
-        self._turns.put(_key([call[0] for call in turn.calls], turn.content), turn, len(turn.text))
+        """Keeps it, unless the client was not told of a call, or not of all of it: then no result will come."""
+        calls = [(name, {"name": called, "arguments": arguments}) for name, called, arguments in turn.calls]
+        if turn.answer.count("<tool_call>") == len(calls) and _meaning(calls) is not None:
+            self._turns.put(_key([name for name, _ in calls], turn.content), turn, len(turn.text))
 
     def find(self, message: dict[str, Any]) -> SampledTurn | None:
         """What was sampled for an assistant's message in OpenAI's form, if it still says what was told."""
@@ -53,7 +60,7 @@ class Replay:
         return turn if _meaning(calls) == _meaning(told) else None
 
     def render(
-        self, tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **kwargs: Any
+        self, tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, /, **kwargs: Any
     ) -> str:
         """The prompt for a chat, like Tokenizer.render_chat, with every turn that is known as it was sampled."""
         mark = secrets.token_hex(16)
@@ -75,7 +82,7 @@ def _text(content: Any) -> str:
 
 
 def _meaning(calls: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, str, Any]] | None:
-    """Calls to compare, however their JSON is written; None, which equals nothing that was told, if it is none."""
+    """Calls to compare, however their JSON is written; None if it is none."""
     try:
         return [(name, called["name"], _object(called.get("arguments"))) for name, called in calls]
     except (ValueError, RecursionError):

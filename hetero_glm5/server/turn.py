@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -21,6 +20,7 @@ from fastapi import Request, Response
 from hetero_glm5.core import Grammar, QueueFull, RequestError, SamplingParams, TokenEvent
 from hetero_glm5.server import streaming
 from hetero_glm5.server.errors import GenerationFailed, bug_body, describe
+from hetero_glm5.server.guard import request_id
 from hetero_glm5.server.parsers import Delta, OutputParser
 from hetero_glm5.server.replay import SampledTurn
 from hetero_glm5.server.responses import Usage
@@ -109,12 +109,11 @@ class Turn:
             raise RequestError("tools need a server started with --tool-call-parser glm47.", "tools")
         text = service.replay.render(service.tokenizer, asked.messages, offered, **asked.template)
         self.prompt = service.encode(text)
-        thinking = text.rstrip().endswith("<think>")
-        self.params = replace(asked.params, grammar=asked.grammar(thinking))
-        parses = service.config.reasoning_parser is not None
-        self._parser = OutputParser(thinking=thinking, reasoning=parses, tools=offered, parallel=asked.parallel)
-        self._thinking, self._replays = thinking and parses, parses or not thinking
-        self._replay, self._prefix, self._parallel = service.replay, call_prefix, asked.parallel
+        opened, parses = text.rstrip().endswith("<think>"), service.config.reasoning_parser is not None
+        self._thinking, self._replays = opened and parses, parses or not opened
+        self.params = replace(asked.params, grammar=asked.grammar(self._thinking))
+        self._parser = OutputParser(thinking=self._thinking, reasoning=parses, tools=offered, parallel=asked.parallel)
+        self._replay, self._prefix = service.replay, call_prefix
         self.usage = Usage(len(self.prompt), reasoning=0)
         self.parts: list[Part] = []
         self._open = False  # the last part may grow
@@ -131,7 +130,7 @@ class Turn:
         """What an event changes."""
         if told.token is not None:
             self.usage.completion += 1
-            self.usage.reasoning = (self.usage.reasoning or 0) + (self._thinking and self._parser.in_reasoning)
+            self.usage.reasoning += self._parser.in_reasoning
         self._text += told.text
         deltas = self._parser.feed(told.text)
         if told.finish_reason is None:
@@ -149,45 +148,38 @@ class Turn:
         for delta in deltas:
             kind = delta.kind if delta.kind in ("reasoning", "content") else "call"
             if delta.kind == "name" or not self._open or self.parts[-1].kind != kind:
-                changes += self._closing()
-                self._start(kind, delta)
-                changes.append(("open", self.parts[-1], ""))
-            if delta.kind != "name":
-                self.parts[-1].text += delta.text
-                if changes and changes[-1][0] == "more":
-                    changes[-1] = ("more", self.parts[-1], changes[-1][2] + delta.text)
-                else:
-                    changes.append(("more", self.parts[-1], delta.text))
+                changes += [*self._closing(), ("open", self._opening(kind), "")]
+            part = self.parts[-1]
+            if delta.kind == "name":
+                part.name = delta.text
+                continue
+            part.text += delta.text
+            told = changes.pop()[2] if changes and changes[-1][0] == "more" else ""
+            changes.append(("more", part, told + delta.text))
         return changes
 
-    def _start(self, kind: Any, delta: Delta) -> None:
-        name = delta.text if delta.kind == "name" else ""
-        token = f"{self._prefix}{secrets.token_hex(12)}"
-        self.parts.append(Part(kind, len(self.parts), token, name))
+    def _opening(self, kind: Any) -> Part:
+        self.parts.append(Part(kind, len(self.parts), f"{self._prefix}{secrets.token_hex(12)}"))
         self._open = True
+        return self.parts[-1]
 
     def _closing(self) -> list[Change]:
         was_open, self._open = self._open, False
         return [("close", self.parts[-1], "")] if was_open else []
 
     def _remember(self) -> None:
-        """Unless the client was not told of all calls, or one was cut off."""
-
         def told(kind: str) -> str:
             return "".join(part.text for part in self.parts if part.kind == kind)
 
         calls = tuple((part.id, part.name, part.text) for part in self.parts if part.kind == "call")
-        answer = re.split("</think>|(?=<tool_call>)", self._text, maxsplit=1)[-1] if self._thinking else self._text
-        whole = all(part.arguments is not None for part in self.parts if part.kind == "call")
-        if whole and (self._parallel or answer.count("<tool_call>") <= 1):
-            texts = told("reasoning"), told("content")
-            self._replay.remember(SampledTurn(self._text, answer, self._thinking, *texts, calls))
+        self._replay.remember(SampledTurn(self._text, self._thinking, told("reasoning"), told("content"), calls))
 
 
 class Teller(Protocol):
-    """A turn in an API's words."""
+    """A turn in an API's words. `id` is the answer's."""
 
     turn: Turn
+    id: str
     ping: bytes
 
     def opening(self) -> list[bytes]:
@@ -211,7 +203,8 @@ async def answer(service: Service, request: Request, teller: Teller, *, streams:
     """Raises like EngineWorker.submit, and GenerationFailed."""
     turn, worker = teller.turn, service.worker
     patience = streaming.SILENCE / 10 if streams else None  # for the engine to refuse it; then the headers go out
-    generation = await worker.submit([turn.prompt], turn.params, patience)
+    names = frozenset((teller.id, request_id(request)))
+    generation = await worker.submit([turn.prompt], turn.params, patience, names=names)
     if streams:
         return EventStream(_stream(generation, teller), lambda: worker.close(generation))
     try:

@@ -1,9 +1,11 @@
 """Sampled turns come back as the same text, whatever a client made of them."""
 
+import dataclasses
 import json
 import random
 from types import SimpleNamespace
 
+import openai
 import pytest
 
 from hetero_glm5.core import SamplingParams, Sequence, TokenEvent
@@ -135,7 +137,7 @@ def test_without_replay_they_would_not(monkeypatch):
 
 
 CALL = '<tool_call>f<arg_key>a</arg_key><arg_value>{"b":1}</arg_value></tool_call>'
-TURN = SampledTurn(f"Hm.</think>\nYes. {CALL}", f"\nYes. {CALL}", True, "Hm.", "Yes.", (("c1", "f", '{"a": {"b":1}}'),))
+TURN = SampledTurn(f"Hm.</think>\nYes. {CALL}", True, "Hm.", "Yes.", (("c1", "f", '{"a": {"b":1}}'),))
 
 
 def message(**changes) -> dict:
@@ -176,11 +178,42 @@ def test_a_turn_that_says_something_else_is_rendered_as_it_says(changes):
 
 
 def test_the_oldest_are_forgotten():
-    replay = Replay(most_characters=2 * len(TURN.text))
+    replay = Replay(most_characters=20)
     for i in range(3):
-        replay.remember(SampledTurn(TURN.text, "x", False, "", f"answer {i}", ()))
+        replay.remember(SampledTurn("x" * 10, False, "", f"answer {i}", ()))
     found = [replay.find({"role": "assistant", "content": f"answer {i}"}) is not None for i in range(3)]
     assert found == [False, True, True]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_chat_completions_share_it(serve, fake_engine, tokenizer, stream):
+    said = f"\nHm.\n</think>\nI look.\n{CALL}"
+    prompts: list[list[int]] = []
+    engine = fake_engine(lambda prompt: prompts.append(prompt) or [said])
+    served = serve(engine, reasoning_parser="glm45", tool_call_parser="glm47")
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0).chat.completions
+    parameters = {"type": "object", "properties": {"a": {"type": "object"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    ask = {"model": "tiny", "tools": tools}
+    history = [{"role": "user", "content": "Begin."}]
+    if stream:
+        with client.stream(**ask, messages=history) as chunks:
+            answer = chunks.get_final_completion().choices[0].message
+    else:
+        answer = client.create(**ask, messages=history).choices[0].message
+    (call,) = answer.tool_calls
+    call.function.arguments = json.dumps(json.loads(call.function.arguments), indent=1)
+    sent = {"role": "assistant", "content": answer.content, "tool_calls": [call], "reasoning_content": "Hm."}
+    client.create(**ask, messages=[*history, sent, {"role": "tool", "tool_call_id": call.id, "content": "1"}])
+    so_far = prompts[0] + tokenizer.encode(said)
+    assert prompts[1][: len(so_far)] == so_far
+
+
+@pytest.mark.parametrize("untold", [CALL + CALL, CALL.replace(">f<", ">g<") + CALL])
+def test_a_turn_with_a_call_that_nobody_will_answer_is_not_replayed(untold):
+    replay = Replay()
+    replay.remember(dataclasses.replace(TURN, text=f"Hm.</think>{untold}"))
+    assert replay.find(message()) is None
 
 
 def test_what_was_cut_off_is_not_remembered():
