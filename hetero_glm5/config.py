@@ -395,6 +395,12 @@ class ServerConfig(Flags):
     port: int = flag(30000, "port to listen on; 0 = any free one", at_least=0)
     served_model_name: str | None = flag(None, "the model's name in the API; default: the folder's name")
     api_key: str | None = flag(None, "require this key (Authorization: Bearer, or x-api-key)")
+    allowed_hosts: tuple[str, ...] | None = flag(
+        None, "names that clients may call the server by (Host header); default: localhost's if --host is, else any"
+    )
+    allowed_origins: tuple[str, ...] | None = flag(
+        None, "origins of web pages that may use the server; * = any; default: those on localhost"
+    )
     reasoning_parser: str | None = flag(None, "separate reasoning from content", choices=("glm45",))
     tool_call_parser: str | None = flag(None, "turn tool-call text into tool_calls", choices=("glm47",))
     enable_auto_tool_choice: bool = flag(False, "what --tool-call-parser does anyway; needs it")

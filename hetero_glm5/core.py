@@ -38,10 +38,12 @@ class QueueFull(UserError):
 @dataclass(frozen=True)
 class Grammar:
     """What a whole answer must match: a JSON schema, a regular expression, or llguidance's dialect of Lark, in which
-    <name> stands for a special token. Only compiling it (Sampler.prepare) tells whether it is one. RequestError."""
+    <name> stands for a special token. Only compiling it (Sampler.prepare) tells whether it is one. `source` is the
+    field of a request that it comes from. RequestError."""
 
     kind: GrammarKind
     text: str
+    source: str | None = None
 
     def __post_init__(self) -> None:
         kinds = get_args(GrammarKind)
@@ -59,7 +61,9 @@ class Grammar:
 
     @property
     def param(self) -> str:
-        """The field of a request that it comes from."""
+        """The field that errors name."""
+        if self.source is not None:
+            return self.source
         return "response_format" if self.kind == "json_schema" else "grammar"
 
 
@@ -287,7 +291,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """What a step tells about one sequence. `text` is new text that no stop string can take back any more."""
+    """What a step tells about one sequence. `text` is new text that no stop string can take back any more; `matched` is
+    the end token or the stop string that ended it."""
 
     seq: Sequence
     token: int | None
@@ -295,6 +300,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     drawn: Drawn | None = None
+    matched: int | str | None = None
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,12 @@ class Runner:
         if seq.logits is not None:
             seq.logits.append(self.model.logits(hidden).cpu())
         following = seq.tokens[chunk.start + 1 : seq.num_prompt][: len(hidden)]
-        if seq.prompt_logprobs is not None and seq.params.prompt_logprobs is not None and following:
+        known, most = seq.prompt_logprobs, seq.params.prompt_logprobs
+        if known is not None and most is not None and following and len(known) == chunk.start:
             targets = torch.tensor(following, device=hidden.device)
             for few, next_few in zip(hidden[: len(targets)].split(FEW_ROWS), targets.split(FEW_ROWS), strict=True):
                 logits = self.model.logits(few)
-                seq.prompt_logprobs += prompt_logprobs(logits, next_few, seq.params.prompt_logprobs)
+                known += prompt_logprobs(logits, next_few, most)
 
     @torch.inference_mode()
     def unsound(self, batch: Batch) -> list[int]:

@@ -283,8 +283,8 @@ class Scheduler:
         self.cache.release(seq)
         if seq.logits is not None:
             seq.logits.clear()
-        if seq.prompt_logprobs is not None:
-            seq.prompt_logprobs.clear()
+        if seq.prompt_logprobs is not None and not seq.num_output:
+            seq.prompt_logprobs.clear()  # else they are whole, and may have been read
         self.running.remove(seq)
         self.waiting.appendleft(seq)
 

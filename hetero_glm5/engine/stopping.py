@@ -46,38 +46,40 @@ class Stopping:
     def event(self, seq: Sequence, drawn: Drawn) -> TokenEvent:
         """Judges the token just drawn and appended to `seq`."""
         token = drawn.token
-        reason = self._end_token(seq, token)
+        matched: int | str | None = token if self._ends(seq, token) else None
+        reason: FinishReason | None = None if matched is None else "stop"
         text = ""
         if self.tokenizer is not None:
             shown = self._shown.setdefault(seq.id, _Shown(self.tokenizer.stream()))
             if reason is None:
                 shown.held += shown.stream.push(token)
-                reason = self._stop_string(seq, shown) or self._length(seq)
+                matched = self._stop_string(seq, shown)
+                reason = self._length(seq) if matched is None else "stop"
             text = self._show(seq, shown, reason)
         reason = reason or self._length(seq)
-        return TokenEvent(seq, token, text, reason, drawn=drawn)
+        return TokenEvent(seq, token, text, reason, drawn=drawn, matched=matched)
 
     def forget(self, seq: Sequence) -> None:
         self._shown.pop(seq.id, None)
 
-    def _end_token(self, seq: Sequence, token: int) -> FinishReason | None:
+    def _ends(self, seq: Sequence, token: int) -> bool:
         if seq.num_output < seq.params.min_tokens:
-            return None
-        ends = token in seq.params.stop_token_ids or (token in self.eos and not seq.params.ignore_eos)
-        return "stop" if ends else None
+            return False
+        return token in seq.params.stop_token_ids or (token in self.eos and not seq.params.ignore_eos)
 
     def _length(self, seq: Sequence) -> FinishReason | None:
         most = seq.params.max_tokens
         full = len(seq.tokens) >= self.context_length
         return "length" if full or (most is not None and seq.num_output >= most) else None
 
-    def _stop_string(self, seq: Sequence, shown: _Shown) -> FinishReason | None:
+    def _stop_string(self, seq: Sequence, shown: _Shown) -> str | None:
         """Cuts the held text at the first stop string in it."""
-        found = [at for at in (shown.held.find(stop) for stop in seq.params.stop) if at >= 0]
+        found = [(at, stop) for stop in seq.params.stop if (at := shown.held.find(stop)) >= 0]
         if not found or seq.num_output < seq.params.min_tokens:
             return None
-        shown.held = shown.held[: min(found)]
-        return "stop"
+        at, stop = min(found)
+        shown.held = shown.held[:at]
+        return stop
 
     def _show(self, seq: Sequence, shown: _Shown, reason: FinishReason | None) -> str:
         if reason == "length":

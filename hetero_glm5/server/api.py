@@ -7,34 +7,32 @@ import hmac
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from hetero_glm5.config import ServerConfig
-from hetero_glm5.core import RequestError
+from hetero_glm5.core import RequestError, SamplingParams
+from hetero_glm5.server.collectors import ChatCollector, TextCollector
 from hetero_glm5.server.errors import KNOWN, NotReady, UnknownModel, bug_body, describe, error_body
+from hetero_glm5.server.guard import Guard, allowed_hosts, cross_origin, request_id
 from hetero_glm5.server.parsers import OutputParser
-from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, R, SamplingRequest, parse_request
-from hetero_glm5.server.responses import Answer
-from hetero_glm5.server.streaming import (
-    ChatCollector,
-    Collector,
-    EventStream,
-    TextCollector,
-    collect,
-    stream,
-    unless_disconnected,
-)
+from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, SamplingRequest, parse_request
+from hetero_glm5.server.responses import Answer, Kind
+from hetero_glm5.server.streaming import Collector, EventStream, collect, stream, unless_disconnected
 from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
 from hetero_glm5.server.worker import EngineWorker
 
 MAX_BODY_BYTES = 64 << 20  # a prompt of a million tokens is about 4 MB
 RETRY_SECONDS = "5"
 STREAM_PATIENCE = 1.0  # seconds for the engine to refuse a stream; then its headers go out
+
+
+R = TypeVar("R", bound=SamplingRequest)
 
 
 class Service:
@@ -54,9 +52,9 @@ class Service:
     async def health(self) -> Response:
         worker = self.worker
         if worker.state == "ready":
-            return _json({"status": "ok"})
+            return json_response({"status": "ok"})
         if worker.state == "failed":
-            return _json({"status": "failed", "message": worker.failure}, 503)
+            return json_response({"status": "failed", "message": worker.failure}, 503)
         progress = worker.progress
         body = {
             "status": "loading",
@@ -66,72 +64,88 @@ class Service:
             "gb_per_s": round(progress.gb_per_s, 3),
             "eta_seconds": progress.eta_seconds,
         }
-        return _json(body, 503, {"Retry-After": RETRY_SECONDS})
+        return json_response(body, 503, {"Retry-After": RETRY_SECONDS})
 
     async def models(self) -> Response:
-        return _json({"object": "list", "data": [self._card()]})
+        return json_response({"object": "list", "data": [self._card()]})
 
     async def one_model(self, name: str) -> Response:
-        self._check_model(name)
-        return _json(self._card())
+        self.check_model(name)
+        return json_response(self._card())
 
     async def start_recording(self) -> Response:
         await self.worker.ask(lambda engine: engine.recorder.start())
-        return _json({"recording": True})
+        return json_response({"recording": True})
 
     async def stop_recording(self) -> Response:
         await self.worker.ask(lambda engine: engine.recorder.stop())
-        return _json({"recording": False})
+        return json_response({"recording": False})
 
     async def dump_recording(self) -> Response:
-        return _json(await self.worker.ask(lambda engine: engine.recorder.dump()))
+        return json_response(await self.worker.ask(lambda engine: engine.recorder.dump()))
 
     async def completions(self, request: Request) -> Response:
         asked = await self._asked(CompletionRequest, request)
-        if len(asked.prompt) > self.worker.max_queued:
+        params = asked.sampling(self.defaults, asked.grammar())
+        if len(asked.prompt) * params.n > self.worker.max_queued:
             raise RequestError(
-                f"this request has {len(asked.prompt)} prompts; at most {self.worker.max_queued} can wait "
-                "(--max-queued-requests). Send them in several requests.",
+                f"this request has {len(asked.prompt)} prompts to answer {params.n} times; at most "
+                f"{self.worker.max_queued} answers can wait (--max-queued-requests). Send several requests.",
                 "prompt",
             )
-        prompts = [p if isinstance(p, list) else await asyncio.to_thread(self._encode, p) for p in asked.prompt]
-        return await self._answer(
-            request, asked, prompts, TextCollector(prompts), Answer(self.model, "text_completion")
-        )
+        prompts = [p if isinstance(p, list) else await asyncio.to_thread(self.encode, p) for p in asked.prompt]
+        collector = TextCollector(asked, prompts, params, self.tokenizer)
+        return await self._answer(request, asked, prompts, params, collector)
 
     async def chat(self, request: Request) -> Response:
         asked = await self._asked(ChatRequest, request)
         text, prompt = await asyncio.to_thread(self._chat_prompt, asked)
-        parser = OutputParser(
-            thinking=text.rstrip().endswith("<think>"),
-            reasoning=self.config.reasoning_parser is not None,
-            tools=asked.offered_tools if self.config.tool_call_parser is not None else None,
-        )
-        collector = ChatCollector(prompt, parser, counts_reasoning=self.config.reasoning_parser is not None)
-        return await self._answer(request, asked, [prompt], collector, Answer(self.model, "chat.completion"))
+        reasoning = self.config.reasoning_parser is not None and asked.separate_reasoning is not False
+        thinking = reasoning and text.rstrip().endswith("<think>")
+        params = asked.sampling(self.defaults, asked.grammar(thinking=thinking))
+
+        def parser() -> OutputParser:
+            tools = asked.offered_tools if self.config.tool_call_parser is not None else None
+            return OutputParser(thinking=thinking, reasoning=reasoning, tools=tools, parallel=asked.parallel)
+
+        collector = ChatCollector(prompt, parser, params, self.tokenizer, counts_reasoning=reasoning)
+        return await self._answer(request, asked, [prompt], params, collector)
 
     def _chat_prompt(self, asked: ChatRequest) -> tuple[str, list[int]]:
         messages, tools = asked.plain_messages, asked.offered_tools
         if tools is not None and self.config.tool_call_parser is None:
             raise RequestError("tools need a server started with --tool-call-parser glm47.", "tools")
         text = self.tokenizer.render_chat(messages, tools, **asked.template_kwargs)
-        return text, self._encode(text)
+        return text, self.encode(text)
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Raises RequestError, for texts that are too long without encoding them."""
         return self.tokenizer.encode(text, self.worker.context_length)
 
     async def _asked(self, kind: type[R], request: Request) -> R:
         """The request, with everything checked that needs no encoded prompt."""
-        asked = parse_request(kind, await self._body(request))
-        self._check_model(asked.model)
-        asked.sampling(self.defaults)
+        asked = parse_request(kind, await self.body(request))
+        self.check_model(asked.model)
+        asked.sampling(self.defaults, asked.grammar())
         return asked
 
     async def _answer(
-        self, request: Request, asked: SamplingRequest, prompts: list[list[int]], collector: Collector, answer: Answer
+        self,
+        request: Request,
+        asked: SamplingRequest,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        collector: Collector,
     ) -> Response:
-        patience = STREAM_PATIENCE if asked.stream else None
-        generation = await self.worker.submit(prompts, asked.sampling(self.defaults), patience)
+        kind: Kind = "chat.completion" if isinstance(asked, ChatRequest) else "text_completion"
+        answer = Answer(self.model, kind, request_id(request))
+        generation = await self.worker.submit(
+            prompts,
+            params,
+            STREAM_PATIENCE if asked.stream else None,
+            salt=asked.cache_salt,
+            names=asked.names | {answer.token, answer.id},
+        )
         if asked.stream:
             chunks = stream(generation, collector, answer, include_usage=asked.include_usage)
             return EventStream(chunks, lambda: self.worker.close(generation))
@@ -139,9 +153,10 @@ class Service:
             whole = await unless_disconnected(request, collect(generation, collector, answer))
         finally:
             self.worker.close(generation)
-        return Response(status_code=499) if whole is None else _json(whole)
+        return Response(status_code=499) if whole is None else json_response(whole)
 
-    async def _body(self, request: Request) -> bytes:
+    async def body(self, request: Request) -> bytes:
+        """Raises NotReady, and HTTPException for one that is too large."""
         if self.worker.state != "ready":  # said before a long prompt is read and encoded
             raise NotReady(self.worker.failure or "The model is still loading; see /health.")
         body = bytearray()
@@ -151,7 +166,8 @@ class Service:
                 raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
         return bytes(body)
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Raises UnknownModel unless the name is the served model's, or none."""
         if name not in (None, self.model):
             raise UnknownModel(f"The model {name!r} does not exist; this server serves {self.model!r}.", "model")
 
@@ -174,6 +190,8 @@ def create_app(service: Service) -> FastAPI:
         await service.worker.stop()
 
     app = FastAPI(title="hetero_glm5", lifespan=lifespan, openapi_url=None)
+    app.add_middleware(CORSMiddleware, **cross_origin(service.config))
+    app.add_middleware(Guard, hosts=allowed_hosts(service.config))  # added last, it comes first
     app.add_api_route("/health", service.health)
     guarded = APIRouter(dependencies=[Depends(_key_check(service.config.api_key))])
     guarded.add_api_route("/v1/models", service.models)
@@ -201,13 +219,13 @@ def _key_check(key: str | None) -> Any:
     return check
 
 
-def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(orjson.dumps(body), status, headers, media_type="application/json")
 
 
 async def _known_error(request: Request, error: Exception) -> Response:
     status, body = describe(error)
-    return _json(body, status, {"Retry-After": RETRY_SECONDS} if status in (429, 503) else None)
+    return json_response(body, status, {"Retry-After": RETRY_SECONDS} if status in (429, 503) else None)
 
 
 async def _http_error(request: Request, error: Any) -> Response:
@@ -217,11 +235,11 @@ async def _http_error(request: Request, error: Any) -> Response:
     codes = {401: "invalid_api_key", 404: "unknown_route", 405: "method_not_allowed", 413: "body_too_large"}
     message = sentences.get(error.status_code, str(error.detail))
     body = error_body(message, "invalid_request_error", None, codes.get(error.status_code))
-    return _json(body, error.status_code, error.headers)
+    return json_response(body, error.status_code, error.headers)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    return _json(bug_body(error), 500)
+    return json_response(bug_body(error), 500)
 
 
 async def _gone(request: Request, error: Exception) -> Response:

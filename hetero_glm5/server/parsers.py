@@ -47,11 +47,11 @@ class Delta:
 
 class OutputParser:
     """Feed it text, then finish(). `thinking`: the prompt ended with <think>. Without `reasoning` or `tools` the
-    respective tags are ordinary text."""
+    respective tags are ordinary text. Unless `parallel`, calls after the first are dropped."""
 
-    def __init__(self, *, thinking: bool, reasoning: bool, tools: list[dict[str, Any]] | None):
+    def __init__(self, *, thinking: bool, reasoning: bool, tools: list[dict[str, Any]] | None, parallel: bool = True):
         self._parameters = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools or ()}
-        self._reasoning, self._tools = reasoning and thinking, tools is not None
+        self._reasoning, self._tools, self._parallel = reasoning and thinking, tools is not None, parallel
         self._state = "reasoning" if self._reasoning else "content"
         self._at_start = self._reasoning  # a leading <think> is still possible
         self._buffer = ""  # text not told yet: it may be the beginning of a tag
@@ -182,7 +182,7 @@ class OutputParser:
 
     def _tell_name(self) -> None:
         self._name = self._name.strip()
-        self._known = self._name in self._parameters
+        self._known = self._name in self._parameters and (self._parallel or not self.num_calls)
         if self._known:
             self.num_calls += 1
             self._tell("name", self._name)

@@ -6,37 +6,25 @@ this server does not do (UNSUPPORTED), which are accepted only with the value th
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from hetero_glm5.core import RequestError, SamplingParams
+from hetero_glm5.core import Grammar, RequestError, SamplingParams
+from hetero_glm5.server import fields
+from hetero_glm5.server.constraints import FIELDS, Constraint, asked_constraint
 from hetero_glm5.server.tokenizer import SamplingDefaults
+from hetero_glm5.server.tool_grammar import named, tool_calls
 
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 )
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, that ask for nothing
-    "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "echo": (False,),
     "suffix": ("",),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_grammar": (),
-    "guided_choice": ([],),
-    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -44,88 +32,21 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, 
     "prediction": (),
     "web_search_options": (),
     "verbosity": ("medium",),
-    "cache_salt": (),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "skip_special_tokens": (False,),
     "include_stop_str_in_output": (False,),
 }
-
-
-def _strings(value: Any) -> list[str]:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise ValueError("must be a string or a list of strings")
-    return values
-
-
-def _prompts(value: Any) -> list[str | list[int]]:
-    """A prompt is a text or token ids; there may be one or several."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if all(isinstance(v, str) for v in value) or all(_is_token_ids(v) for v in value):
-            return value
-        if _is_token_ids(value):
-            return [value]
-    raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
-
-
-def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
-
-
-def _content(value: Any) -> str | list[dict[str, str]] | None:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("must be a string, null or a list of parts")
-    for i, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else None
-            usable = '{"type": "text", "text": …}'
-            raise ValueError(f"has a part of type {_shown(kind)} at [{i}]; only {usable} can be used")
-    return value
-
-
-def _tool_calls(value: Any) -> list[dict[str, Any]] | None:
-    if value is None:
-        return None
-    for call in value if isinstance(value, list) else [None]:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError('must be a list of {"function": {"name": …, "arguments": …}}')
-    return value
-
-
-def _tools(value: Any) -> list[dict[str, Any]] | None:
-    """Function tools as they came, since templates print them; tools of other types are skipped."""
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError("must be a list of tools")
-    tools = [tool for tool in value if tool.get("type", "function") == "function"]
-    for tool in tools:
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError('must hold functions of the form {"type": "function", "function": {"name": …}}')
-    return tools
-
-
-def _tool_choice(value: Any) -> str:
-    if value not in (None, "auto", "none"):
-        raise ValueError(f"is {_shown(value)}; only auto and none are supported")
-    return value or "auto"
-
-
-def _shown(value: Any) -> str:
-    """A client's value in a sentence: a text, or else its kind, since it may be large and deep."""
-    return repr(value[:100]) if isinstance(value, str) else type(value).__name__
+SAMPLED = (  # fields that are SamplingParams' own
+    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("seed", "n", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "logit_bias"),
+)
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
+    include_obfuscation: bool = False  # accepted; nothing is padded
 
 
 class Message(BaseModel):
@@ -133,15 +54,16 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Any, BeforeValidator(_content)] = None
+    content: Annotated[Any, BeforeValidator(fields.content)] = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[Any, BeforeValidator(_tool_calls)] = None
+    tool_calls: Annotated[Any, BeforeValidator(fields.tool_calls)] = None
     tool_call_id: str | None = None
 
 
 class SamplingRequest(BaseModel):
-    """The fields that both kinds of completion share."""
+    """The fields that both kinds of completion share. `rid` and `request_id` are other servers' names for the request,
+    by which it can be aborted; requests share cached prefixes with those of the same cache_salt."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str | None = None
@@ -150,44 +72,91 @@ class SamplingRequest(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Annotated[Any, BeforeValidator(fields.biases)] = {}
     seed: int | None = None
-    stop: Annotated[Any, BeforeValidator(lambda value: [] if value is None else _strings(value))] = []
+    n: int | None = None
+    stop: Annotated[Any, BeforeValidator(lambda value: [] if value is None else fields.strings(value))] = []
     stop_token_ids: Annotated[list[int] | None, Field(fail_fast=True)] = None
     ignore_eos: bool = False
     min_tokens: int = 0
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str | None, Field(max_length=1000)] = None
+    rid: Annotated[str | None, Field(max_length=200)] = None
+    request_id: Annotated[str | None, Field(max_length=200)] = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_grammar: Any = None
+    guided_choice: Any = None
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, defaults: SamplingDefaults) -> SamplingParams:
+    @property
+    def names(self) -> frozenset[str]:
+        """What the client calls this request."""
+        return frozenset(name for name in (self.rid, self.request_id) if name)
+
+    def grammar(self, *, thinking: bool = False) -> Grammar | None:
+        """What the answer must match; `thinking`: after reasoning that the prompt has opened. Raises RequestError."""
+        constraint = self._constraint()
+        return None if constraint is None else constraint.grammar(thinking=thinking)
+
+    def _constraint(self) -> Constraint | None:
+        return asked_constraint({name: getattr(self, name) for name in FIELDS})
+
+    def sampling(self, defaults: SamplingDefaults, grammar: Grammar | None = None) -> SamplingParams:
         """Raises RequestError. top_k -1 is the other servers' spelling of "off"."""
-        top_k = defaults.top_k if self.top_k is None else self.top_k
-        return SamplingParams(
-            max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
-            temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_p=defaults.top_p if self.top_p is None else self.top_p,
-            top_k=0 if top_k == -1 else top_k,
-            seed=self.seed,
-            stop=tuple(self.stop),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=self.ignore_eos,
-            min_tokens=self.min_tokens,
-        )
+        given = {name: value for name in SAMPLED if (value := getattr(self, name)) is not None}
+        values = {**dataclasses.asdict(defaults), **given, **self._scores()}
+        values["top_k"] = 0 if values["top_k"] == -1 else values["top_k"]
+        return SamplingParams(**values, max_tokens=self._most_tokens(), grammar=grammar)
+
+    def _most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def _scores(self) -> dict[str, int | None]:
+        """Which log-probabilities are asked for, in SamplingParams' fields."""
+        return {}
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: Annotated[Any, BeforeValidator(_prompts)]
+    prompt: Annotated[Any, BeforeValidator(fields.prompts)]
+    echo: bool | None = False
+    logprobs: int | None = None
+
+    @property
+    def silent(self) -> bool:
+        """Whether only the prompt is wanted. The engine draws one token all the same; it is not told."""
+        return bool(self.echo) and super()._most_tokens() == 0
+
+    def _most_tokens(self) -> int | None:
+        return 1 if self.silent else super()._most_tokens()
+
+    def _scores(self) -> dict[str, int | None]:
+        return {"logprobs": self.logprobs, "prompt_logprobs": self.logprobs if self.echo else None}
 
 
 class ChatRequest(SamplingRequest):
+    """A tool's `strict` is not looked at: calls that are required, or named, are held to the schemas, and others are
+    not. separate_reasoning false leaves the reasoning in the content."""
+
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    tools: Annotated[Any, BeforeValidator(_tools)] = None
-    tool_choice: Annotated[Any, BeforeValidator(_tool_choice)] = "auto"
+    tools: Annotated[Any, BeforeValidator(fields.tools)] = None
+    tool_choice: Annotated[Any, BeforeValidator(fields.tool_choice)] = "auto"
+    parallel_tool_calls: bool | None = True
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    separate_reasoning: bool | None = True
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
@@ -196,19 +165,45 @@ class ChatRequest(SamplingRequest):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model may call; None when it may call none."""
-        return (self.tools or None) if self.tool_choice == "auto" else None
+        """The tools that the model may call; None when it may call none. Raises RequestError."""
+        if self.tool_choice == "none":
+            return None
+        if self.must_call and not self.tools:
+            raise RequestError("tool_choice asks for a call, and there are no tools to call.", "tool_choice")
+        return self.tools or None
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice not in ("auto", "none")
+
+    @property
+    def parallel(self) -> bool:
+        """Whether an answer may hold several calls."""
+        return self.parallel_tool_calls is not False
+
+    def grammar(self, *, thinking: bool = False) -> Grammar | None:
+        """A call, if there must be one; else what the content must match, beside which tools may be called."""
+        tools, constraint = self.offered_tools, self._constraint()
+        if self.must_call and tools is not None:
+            choices = tools if self.tool_choice == "required" else named(tools, self.tool_choice["name"])
+            return tool_calls(choices, thinking=thinking, parallel=self.parallel)
+        return None if constraint is None else constraint.grammar(tools, thinking=thinking, parallel=self.parallel)
 
     @property
     def plain_messages(self) -> list[dict[str, Any]]:
         """For the template: a field that was not sent does not exist there."""
         return [{name: value for name, value in message if value is not None} for message in self.messages]
 
+    def _scores(self) -> dict[str, int | None]:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(f"top_logprobs is {self.top_logprobs}, which needs logprobs to be true.", "top_logprobs")
+        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
-R = TypeVar("R", bound=SamplingRequest)
+
+M = TypeVar("M", bound=BaseModel)
 
 
-def parse_request(kind: type[R], body: bytes) -> R:
+def parse_request(kind: type[M], body: bytes) -> M:
     """The request in a JSON body. Raises RequestError naming the first field that is wrong."""
     try:
         data = orjson.loads(body)
@@ -216,18 +211,20 @@ def parse_request(kind: type[R], body: bytes) -> R:
         raise RequestError(f"The body is no valid JSON: {error}.") from error
     if not isinstance(data, dict):
         raise RequestError("The body must be a JSON object.")
-    fields = {name: value for name, value in data.items() if name not in IGNORED}
-    for name, neutral in UNSUPPORTED.items():
-        if name in fields:
-            _refuse_unless_neutral(name, fields.pop(name), neutral)
+    if issubclass(kind, SamplingRequest):
+        data = {name: value for name, value in data.items() if name not in IGNORED}
+        for name, neutral in UNSUPPORTED.items():
+            if name in data:
+                refuse_unless_neutral(name, data.pop(name), neutral)
     try:
-        return kind.model_validate(fields)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         raise RequestError(*_sentence(first)) from error
 
 
-def _refuse_unless_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
+def refuse_unless_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
+    """Raises RequestError for a field of which only the values that ask for nothing are supported."""
     if value is None or any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral):
         return
     only = " or ".join(orjson.dumps(v).decode() for v in neutral)

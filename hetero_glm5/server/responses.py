@@ -42,13 +42,16 @@ class Usage:
         return usage
 
 
+Kind = Literal["chat.completion", "text_completion"]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What all parts of one answer share. `kind` is OpenAI's object name: chat.completion or text_completion."""
 
     model: str
-    kind: Literal["chat.completion", "text_completion"]
-    token: str = field(default_factory=lambda: secrets.token_hex(12))
+    kind: Kind
+    token: str = field(default_factory=lambda: secrets.token_hex(12))  # the request's id
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -59,14 +62,14 @@ class Answer:
     def id(self) -> str:
         return f"{'chatcmpl' if self.chat else 'cmpl'}-{self.token}"
 
-    def whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
-        return self._part(self.kind, choices) | {"usage": usage.as_dict()}
+    def whole(self, choices: list[dict[str, Any]], usage: Usage, timings: dict[str, float]) -> dict[str, Any]:
+        return self._part(self.kind, choices) | {"usage": usage.as_dict(), "timings": timings}
 
     def chunk(self, choices: list[dict[str, Any]]) -> bytes:
         return event(self._part(self._chunk_kind, choices))
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        return event(self._part(self._chunk_kind, []) | {"usage": usage.as_dict()})
+    def usage_chunk(self, usage: Usage, timings: dict[str, float]) -> bytes:
+        return event(self._part(self._chunk_kind, []) | {"usage": usage.as_dict(), "timings": timings})
 
     @property
     def _chunk_kind(self) -> str:
@@ -76,11 +79,11 @@ class Answer:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
-def text_choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+def text_choice(index: int, text: str, finish_reason: str | None, logprobs: Any = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def chat_choice(message: ParsedMessage, finish_reason: str) -> dict[str, Any]:
+def chat_choice(index: int, message: ParsedMessage, finish_reason: str, logprobs: Any = None) -> dict[str, Any]:
     body: dict[str, Any] = {"role": "assistant", "content": message.content or None}
     if message.reasoning:
         body["reasoning_content"] = message.reasoning
@@ -89,11 +92,13 @@ def chat_choice(message: ParsedMessage, finish_reason: str) -> dict[str, Any]:
             {"id": new_call_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
             for name, arguments in message.calls
         ]
-    return {"index": 0, "message": body, "logprobs": None, "finish_reason": finish_reason}
+    return {"index": index, "message": body, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def chat_chunk_choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def chat_chunk_choice(
+    index: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def chat_delta(delta: Delta) -> dict[str, Any]:

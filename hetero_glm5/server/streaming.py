@@ -1,6 +1,6 @@
 """One request's way through the engine: events in, an answer or a stream of chunks out.
 
-Each of the two APIs is a collector: told an event, it returns the choices of the next chunk (perhaps none) and
+Each API is a collector (collectors.py): told an event, it returns the choices of the next chunk (perhaps none) and
 remembers what the whole answer needs, so that an answer says the same streamed and not.
 """
 
@@ -18,18 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from hetero_glm5.core import QueueFull, RequestError, TokenEvent
 from hetero_glm5.server.errors import GenerationFailed, bug_body, describe
-from hetero_glm5.server.parsers import Delta, OutputParser, ParsedMessage
-from hetero_glm5.server.responses import (
-    DONE,
-    PING,
-    Answer,
-    Usage,
-    chat_choice,
-    chat_chunk_choice,
-    chat_delta,
-    event,
-    text_choice,
-)
+from hetero_glm5.server.responses import DONE, PING, Answer, Usage, event
 from hetero_glm5.server.worker import Generation
 
 log = logging.getLogger(__name__)
@@ -45,82 +34,13 @@ class Collector(Protocol):
         ...
 
     def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
-        """Choices of the chunks that say what this event brought."""
+        """Choices of the chunks that say what this event brought. index: the answer's; a prompt's answers are
+        neighbours."""
         ...
 
     def choices(self) -> list[dict[str, Any]]:
         """The whole answer's choices, after the last event."""
         ...
-
-
-class TextCollector:
-    """/v1/completions: one choice for each prompt."""
-
-    def __init__(self, prompts: list[list[int]]):
-        self.usage = Usage(sum(map(len, prompts)))
-        self._texts = [""] * len(prompts)
-        self._reasons: list[str | None] = [None] * len(prompts)
-
-    def opening(self) -> list[dict[str, Any]]:
-        return []
-
-    def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
-        self.usage.completion += told.token is not None
-        self.usage.cached += _newly_cached(told)
-        self._texts[index] += told.text
-        self._reasons[index] = told.finish_reason
-        return [text_choice(index, told.text, told.finish_reason)] if told.text or told.finish_reason else []
-
-    def choices(self) -> list[dict[str, Any]]:
-        return [text_choice(i, *pair) for i, pair in enumerate(zip(self._texts, self._reasons, strict=True))]
-
-
-class ChatCollector:
-    """/v1/chat/completions: one choice, parsed into reasoning, content and tool calls."""
-
-    def __init__(self, prompt: list[int], parser: OutputParser, *, counts_reasoning: bool):
-        self.usage = Usage(len(prompt), reasoning=0 if counts_reasoning else None)
-        self._parser, self._message, self._reason = parser, ParsedMessage(), "stop"
-
-    def opening(self) -> list[dict[str, Any]]:
-        return [chat_chunk_choice({"role": "assistant", "content": ""})]
-
-    def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
-        self.usage.cached += _newly_cached(told)
-        if told.token is not None:
-            self.usage.completion += 1
-            if self.usage.reasoning is not None and self._parser.in_reasoning:
-                self.usage.reasoning += 1
-        deltas = self._parser.feed(told.text)
-        if told.finish_reason is not None:
-            deltas += self._parser.finish()
-        self._message.add(deltas)
-        choices = [chat_chunk_choice(chat_delta(delta)) for delta in _merged(deltas)]
-        if told.finish_reason is not None:
-            called = told.finish_reason == "stop" and self._parser.num_calls > 0
-            self._reason = "tool_calls" if called else told.finish_reason
-            choices.append(chat_chunk_choice({}, self._reason))
-        return choices
-
-    def choices(self) -> list[dict[str, Any]]:
-        return [chat_choice(self._message, self._reason)]
-
-
-def _newly_cached(told: TokenEvent) -> int:
-    """Of the sequence's prompt, how many tokens were known, told once: when it ends."""
-    return (told.seq.num_cached or 0) if told.finish_reason is not None else 0
-
-
-def _merged(deltas: list[Delta]) -> list[Delta]:
-    """Neighbouring deltas that extend the same text, as one."""
-    merged: list[Delta] = []
-    for delta in deltas:
-        last = merged[-1] if merged else None
-        if last is not None and last.kind == delta.kind != "name" and last.call == delta.call:
-            merged[-1] = Delta(delta.kind, last.text + delta.text, delta.call)
-        else:
-            merged.append(delta)
-    return merged
 
 
 async def stream(
@@ -139,7 +59,7 @@ async def stream(
                 yield chunk
                 sent = time.monotonic()
         if include_usage:
-            yield answer.usage_chunk(collector.usage)
+            yield answer.usage_chunk(collector.usage, timings(generation, collector.usage))
         yield DONE
     except (GenerationFailed, RequestError, QueueFull) as error:
         yield event(describe(error)[1])
@@ -168,7 +88,24 @@ async def collect(generation: Generation, collector: Collector, answer: Answer) 
     async for item in generation.events():
         if item is not None:
             collector.tell(*item)
-    return answer.whole(collector.choices(), collector.usage)
+    return answer.whole(collector.choices(), collector.usage, timings(generation, collector.usage))
+
+
+def timings(generation: Generation, usage: Usage) -> dict[str, float]:
+    """Counts, milliseconds and rates in llama.cpp's names. The prompt's time runs from the request to the first token,
+    waiting included; the prediction's from the first token to the last, and its rates are those of the others."""
+    first, last = generation.first or generation.submitted, generation.last or generation.submitted
+    computed, further = usage.prompt - usage.cached, max(usage.completion - 1, 0)
+    times = {"cache_n": usage.cached, "prompt_n": computed} | _rates("prompt", computed, first - generation.submitted)
+    return times | {"predicted_n": usage.completion} | _rates("predicted", further, last - first)
+
+
+def _rates(name: str, count: int, seconds: float) -> dict[str, float]:
+    return {
+        f"{name}_ms": seconds * 1e3,
+        f"{name}_per_token_ms": seconds * 1e3 / count if count else 0.0,
+        f"{name}_per_second": count / seconds if seconds > 0 else 0.0,
+    }
 
 
 T = TypeVar("T")

@@ -8,6 +8,7 @@ the output parsers need `<think>` and its like.
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -23,10 +24,8 @@ from hetero_glm5.server.chat_template import ChatTemplate
 log = logging.getLogger(__name__)
 
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {  # keys of generation_config.json: the values that ask for nothing
-    "repetition_penalty": (1,),
     "encoder_repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,),
-    "min_p": (0,),
     "top_h": (),
     "typical_p": (1,),
     "epsilon_cutoff": (0,),
@@ -60,12 +59,15 @@ class SamplingDefaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> SamplingDefaults:
         path = Path(folder) / "generation_config.json"
         data = read_json(path, "the sampling defaults cannot be read") if path.exists() else {}
-        values = {key: data[key] for key in ("temperature", "top_p", "top_k") if data.get(key) is not None}
+        names = [f.name for f in dataclasses.fields(cls)]
+        values = {name: data[name] for name in names if data.get(name) is not None}
         samples = data.get("do_sample")
         if not isinstance(samples, bool | None):
             raise UserError(f"{path}: do_sample is {samples!r}; it must be true or false.")

@@ -1,11 +1,11 @@
 """Grammars for answers that must be JSON, or must call a tool: Lark text for the engine's grammar (llguidance).
 
-    answer := [reasoning </think>] (json | call+)
+    answer := [reasoning </think>] (content | call+)
     call   := <tool_call> name (<arg_key> key </arg_key> <arg_value> value </arg_value>)* </tool_call>
 
-Tags are the tokenizer's own tokens. Text between them is anything that does not contain the tag that would end it, spelt
-out. A function's arguments come in its schema's order, all that it requires; a value is free text where the schema
-allows a string (as the parser reads it, server/tool_types.py), one of the strings of an enum, else JSON of its schema.
+Tags are the tokenizer's own tokens. Text between them is anything but the tag that would end it, spelt out. A
+function's arguments come in its schema's order, all that it requires; a value is free text where the schema allows a
+string (as the parser reads it, server/tool_types.py), one of the strings of an enum, else JSON of its schema.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 from typing import Any
 
 from hetero_glm5.core import Grammar, RequestError
+from hetero_glm5.engine.grammar import BLANKS
 from hetero_glm5.server.tool_types import allowed_types
 
 ANY_JSON: dict[str, Any] = {"type": "object"}
@@ -22,19 +23,47 @@ REFERENCES = ("$defs", "definitions")  # where a schema's own parts may lie
 
 def json_answer(schema: dict[str, Any], *, thinking: bool) -> Grammar:
     """JSON of `schema`, after the reasoning if the prompt has opened it."""
-    return _grammar([f"answer: %json {json.dumps(schema)}"], "answer", thinking)
+    return matching(json_rule(schema), thinking=thinking)
+
+
+def json_rule(schema: dict[str, Any]) -> str:
+    """JSON of `schema`, without endless blanks, as the right-hand side of a rule."""
+    return "%json " + json.dumps({"x-guidance": {"whitespace_pattern": BLANKS}} | schema)
+
+
+def matching(
+    rule: str,
+    *,
+    thinking: bool,
+    tools: list[dict[str, Any]] | None = None,
+    parallel: bool = True,
+    source: str | None = None,
+) -> Grammar:
+    """What the right-hand side `rule` says, or calls of `tools` if there are any; after the reasoning if the prompt has
+    opened it. `source`: the request's field that asks for it. Raises RequestError."""
+    rules = [f"answer: {rule}"]
+    if tools:
+        rules = [f"answer: content | {_calls(parallel)}", f"content: {rule}", *_call_rules(tools)]
+    return _grammar(rules, thinking, source)
 
 
 def tool_calls(tools: list[dict[str, Any]], *, thinking: bool, parallel: bool = True) -> Grammar:
     """At least one call of one of `tools` (OpenAI's form); exactly one if not `parallel`. Raises RequestError."""
+    return _grammar([f"answer: {_calls(parallel)}", *_call_rules(tools)], thinking, "tools")
+
+
+def _calls(parallel: bool) -> str:
+    return "call+" if parallel else "call"
+
+
+def _call_rules(tools: list[dict[str, Any]]) -> list[str]:
     rules = [
-        f"answer: call{'+' if parallel else ''}",
         f"call: <tool_call> ({' | '.join(f'f{i}' for i in range(len(tools)))}) </tool_call>",
         _text("VALUE", "</arg_value>"),
     ]
     for i, tool in enumerate(tools):
         rules += _function_rules(f"f{i}", tool["function"])
-    return _grammar(rules, "answer", thinking)
+    return rules
 
 
 def named(tools: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -45,10 +74,10 @@ def named(tools: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _grammar(rules: list[str], answer: str, thinking: bool) -> Grammar:
-    start = f"start: REASONING? </think> BLANK? {answer}" if thinking else f"start: {answer}"
+def _grammar(rules: list[str], thinking: bool, source: str | None) -> Grammar:
+    start = "start: REASONING? </think> BLANK? answer" if thinking else "start: answer"
     between = [_text("REASONING", "</think>", "<tool_call>"), r"BLANK: /[ \n]{1,2}/"] if thinking else []
-    return Grammar("lark", "\n".join([start, *between, *rules]))
+    return Grammar("lark", "\n".join([start, *between, *rules]), source)
 
 
 def _function_rules(rule: str, function: dict[str, Any]) -> list[str]:

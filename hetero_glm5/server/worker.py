@@ -28,20 +28,33 @@ log = logging.getLogger(__name__)
 # fails does the server end: no request, however often it is sent, can end it, and a lost device always does.
 MAX_FAILURES = 3
 
+NAMELESS: frozenset[str] = frozenset()
+
 State = Literal["loading", "ready", "failed"]
 Report = Callable[[LoadProgress], None]
 
 
 class Generation:
-    """The answers to one request's prompts, as they come. Made by EngineWorker.submit."""
+    """The answers to one request's prompts, as they come. Made by EngineWorker.submit. `names`: what clients call it.
+    Times are time.monotonic()'s; `first` and `last` are those of tokens."""
 
-    def __init__(self, prompts: list[list[int]], params: SamplingParams):
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        salt: str | None = None,
+        names: frozenset[str] = NAMELESS,
+    ):
         self.prompts, self.params = prompts, params  # each prompt is answered params.n times, one after the other
+        self.salt, self.names = salt, names
+        self.submitted = time.monotonic()
+        self.first: float | None = None
+        self.last: float | None = None
         self.queue: asyncio.Queue[tuple[int, TokenEvent] | Exception | None] = asyncio.Queue()
         self.unfinished = len(prompts) * params.n
 
     async def next(self, patience: float | None) -> tuple[int, TokenEvent] | None:
-        """(prompt's number, event); None for "accepted", or when `patience` seconds brought nothing.
+        """(answer's number, event); None for "accepted", or when `patience` seconds brought nothing.
 
         Raises RequestError, QueueFull or GenerationFailed.
         """
@@ -57,7 +70,7 @@ class Generation:
         return item
 
     async def events(self, patience: float | None = None) -> AsyncIterator[tuple[int, TokenEvent] | None]:
-        """(prompt's number, event) until every prompt is finished; None now and then, at the latest after `patience`
+        """(answer's number, event) until every answer is finished; None now and then, at the latest after `patience`
         seconds without an event. Raises like next()."""
         while self.unfinished:
             item = await self.next(patience)
@@ -69,7 +82,8 @@ class Generation:
 
 
 class EngineWorker:
-    """`load` makes the engine, given a callback for progress. `on_ready` and `on_failure` are called on the loop."""
+    """`load` makes the engine, given a callback for progress. `on_ready` and `on_failure` are called on the loop.
+    `observe`, an attribute to set, is too: with each event, before it is handed on."""
 
     def __init__(
         self,
@@ -83,6 +97,7 @@ class EngineWorker:
     ):
         self._load, self._timeout, self._request_timeout = load, watchdog_timeout, request_timeout
         self._on_progress, self._on_ready, self._on_failure = on_progress, on_ready, on_failure
+        self.observe: Callable[[Generation, int, TokenEvent], None] = lambda generation, index, event: None
         self.state: State = "loading"
         self.failure: str | None = None
         self.progress = LoadProgress("starting")
@@ -125,15 +140,22 @@ class EngineWorker:
         return len(self._generations)
 
     async def submit(
-        self, prompts: list[list[int]], params: SamplingParams, patience: float | None = None
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        patience: float | None = None,
+        *,
+        salt: str | None = None,
+        names: frozenset[str] = NAMELESS,
     ) -> Generation:
         """Hands prompts to the engine, all or none, and waits for its word, at most `patience` seconds: the engine
         listens between two steps, and a step may be long. Close the generation when done with it, finished or not.
+        Prefixes are shared among generations of one `salt`; each of `names` stands for this one in abort().
 
         Raises NotReady, RequestError, QueueFull or GenerationFailed; the last three may also come with the events.
         """
         self._check_ready()
-        generation = Generation(prompts, params)
+        generation = Generation(prompts, params, salt, names)
         self._generations.add(generation)
         self._commands.put(lambda: self._add(generation))
         try:
@@ -148,6 +170,13 @@ class EngineWorker:
         self._generations.discard(generation)
         if generation.unfinished:
             self._commands.put(lambda: self._abort(generation))
+
+    def abort(self, name: str | None) -> int:
+        """Ends the generations of that name, or all; their listeners hear of it. How many there were."""
+        ended = [g for g in self._generations if g.unfinished and (name is None or name in g.names)]
+        for generation in ended:
+            self._commands.put(lambda generation=generation: self._abort(generation))
+        return len(ended)
 
     async def ask(self, question: Callable[[Any], Any]) -> Any:
         """Calls question(engine) on the engine's thread, between two steps, and returns what that returns.
@@ -172,6 +201,14 @@ class EngineWorker:
             generation.queue.put_nowait(GenerationFailed(message))
         for answer in self._answers:
             _settle(answer, GenerationFailed(message))
+
+    def _deliver(self, told: list[tuple[Generation, int, TokenEvent]]) -> None:
+        now = time.monotonic()
+        for generation, index, event in told:
+            self.observe(generation, index, event)
+            if event.token is not None:
+                generation.first, generation.last = generation.first or now, now
+            generation.queue.put_nowait((index, event))
 
     def _ready(self) -> None:
         self.state = "ready"
@@ -252,7 +289,7 @@ class EngineWorker:
             if event.finish_reason is not None:
                 del self._sequences[event.seq]
         if told:
-            self._call(_deliver, told)
+            self._call(self._deliver, told)
         if (self._engine.num_running or self._engine.num_waiting) and not self._sequences:
             raise RuntimeError("it still has work after its requests were aborted")
 
@@ -261,7 +298,9 @@ class EngineWorker:
         answer: Exception | None = None
         try:
             for tokens in generation.prompts:
-                added += self._engine.add_all(tokens, generation.params, timeout=self._request_timeout)
+                added += self._engine.add_all(
+                    tokens, generation.params, salt=generation.salt, timeout=self._request_timeout
+                )
         except Exception as error:  # one request's failure is not the others'
             answer = _told(error)
             for seq in added:
@@ -271,9 +310,11 @@ class EngineWorker:
         self._call(generation.queue.put_nowait, answer)
 
     def _abort(self, generation: Generation) -> None:
-        for seq in [seq for seq, (owner, _) in self._sequences.items() if owner is generation]:
+        aborted = {seq: index for seq, (owner, index) in self._sequences.items() if owner is generation}
+        for seq in aborted:
             del self._sequences[seq]
             self._engine.abort(seq)
+        self._call(self._deliver, [(generation, i, TokenEvent(seq, None, "", "abort")) for seq, i in aborted.items()])
 
     def _answer(self, question: Callable[[Any], Any], answer: asyncio.Future[Any]) -> None:
         try:
@@ -321,8 +362,3 @@ def _settle(answer: asyncio.Future[Any], found: Any) -> None:
         answer.set_exception(found)
     else:
         answer.set_result(found)
-
-
-def _deliver(told: list[tuple[Generation, int, TokenEvent]]) -> None:
-    for generation, index, event in told:
-        generation.queue.put_nowait((index, event))

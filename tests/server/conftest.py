@@ -1,25 +1,18 @@
-"""A scripted engine, and servers and workers around it."""
+"""A scripted engine, and servers around it."""
 
-import asyncio
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from types import SimpleNamespace
 
-import httpx
 import pytest
-import uvicorn
+from served import Served, running_server
 
 from hetero_glm5.config import ServerConfig
 from hetero_glm5.core import LoadProgress, QueueFull, RequestError, SamplingParams, Sequence, TokenEvent
 from hetero_glm5.demo.chat_template import CHAT_TEMPLATE
 from hetero_glm5.demo.tokenizer import build_tokenizer
-from hetero_glm5.server.api import Service, create_app
 from hetero_glm5.server.chat_template import ChatTemplate
-from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
-from hetero_glm5.server.worker import EngineWorker
+from hetero_glm5.server.tokenizer import Tokenizer
 
 
 class FakeEngine:
@@ -35,6 +28,7 @@ class FakeEngine:
         self.running: dict[Sequence, list[str]] = {}
         self.aborted: list[Sequence] = []
         self.params: list[SamplingParams] = []
+        self.salts: list[str | None] = []
         self.closed = False
         self.before_step: Callable[[], None] = lambda: None  # tests put delays and failures here
 
@@ -46,8 +40,11 @@ class FakeEngine:
     def num_running(self) -> int:
         return len(self.running)
 
-    def add_all(self, tokens: list[int], params: SamplingParams, timeout: float | None) -> list[Sequence]:
-        return [self.add(tokens, params)]
+    def add_all(
+        self, tokens: list[int], params: SamplingParams, *, salt: str | None, timeout: float | None
+    ) -> list[Sequence]:
+        self.salts.append(salt)
+        return [self.add(tokens, params) for _ in range(params.n)]
 
     def add(self, tokens: list[int], params: SamplingParams) -> Sequence:
         if len(tokens) >= self.context_length:
@@ -85,43 +82,9 @@ class FakeEngine:
         self.closed = True
 
 
-class Served:
-    """A running server: `http` is a client for it."""
-
-    def __init__(self, url: str, worker: EngineWorker, server: uvicorn.Server):
-        self.url, self.worker, self.server = url, worker, server
-        self.http = httpx.Client(base_url=url, timeout=20)
-
-    def chunks(self, route: str, **body) -> list[str]:
-        """The data of each event of a stream."""
-        with self.http.stream("POST", route, json={**body, "stream": True}) as answer:
-            assert answer.status_code == 200, answer.read()
-            return [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer(build_tokenizer(600), ChatTemplate({"default": CHAT_TEMPLATE}, {}, "test"))
-
-
-@contextmanager
-def running_server(load, tokenizer: Tokenizer, config: ServerConfig, wait: bool) -> Iterator[Served]:
-    worker = EngineWorker(load, watchdog_timeout=config.watchdog_timeout)
-    app = create_app(Service(worker, tokenizer, "tiny", config, SamplingDefaults()))
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
-    thread.start()
-    served = Served(f"http://127.0.0.1:{listening.getsockname()[1]}", worker, server)
-    try:
-        while wait and worker.state == "loading":
-            time.sleep(0.005)
-        yield served
-    finally:
-        served.http.close()
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive(), "the server does not stop"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from hetero_glm5.demo.configs import tiny_config
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.placement.record import DistributionRecorder
-from hetero_glm5.server import api, streaming
+from hetero_glm5.server import api, collectors, streaming
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -144,7 +144,7 @@ def test_models(serve):
         ("GET", CHAT, None, 405, None, "not allowed"),
         ("POST", CHAT, b'{"messages": [}', 400, None, "line 1 column 15"),
         ("POST", CHAT, b"{}", 400, "messages", "messages is missing."),
-        ("POST", TEXT, b'{"prompt": [1], "n": 3}', 400, "n", "n is not supported"),
+        ("POST", TEXT, b'{"prompt": [1], "n": 99}', 400, "n", "n is 99; it must be between 1 and 64"),
         ("POST", TEXT, b'{"prompt": [1], "top_p": 7}', 400, "top_p", "top_p is 7"),
         ("POST", TEXT, json.dumps({"prompt": [1] * 1000}).encode(), 400, "prompt", "context length"),
         ("POST", CHAT, b'{"messages": [{"role": "tool", "content": 5}]}', 400, "messages", "must be a string"),
@@ -241,7 +241,9 @@ def test_a_client_that_leaves_aborts(serve, fake_engine, stream):
     host, port = served.url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "a", "stream": stream}).encode()
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
         wait_until(lambda: engine.running)
     wait_until(lambda: len(engine.aborted) == 1)
     wait_until(lambda: served.worker.num_open == 0)
@@ -305,7 +307,7 @@ def test_too_many_prompts_or_too_long_ones_are_refused_unencoded(serve, tokenize
     monkeypatch.setattr(tokenizer, "_tokenizer", SimpleNamespace(encode_batch_fast=encoded.append))
     many = served.http.post(TEXT, json={"prompt": ["a"] * 101})
     assert many.status_code == 400 and many.json()["error"]["param"] == "prompt"
-    assert many.json()["error"]["message"].startswith("this request has 101 prompts; at most 100 can wait")
+    assert many.json()["error"]["message"].startswith("this request has 101 prompts to answer 1 times; at most 100")
     long = served.http.post(TEXT, json={"prompt": "a" * 1_000_000})
     assert (
         long.status_code == 400 and "has 1000000 bytes; the context length is 1000" in long.json()["error"]["message"]
@@ -336,7 +338,7 @@ def test_a_bug_while_streaming_is_an_error_event(serve, fake_engine, monkeypatch
 
     engine = fake_engine()
     served = serve(engine)
-    monkeypatch.setattr(streaming.TextCollector, "tell", buggy)
+    monkeypatch.setattr(collectors.TextCollector, "tell", buggy)
     (chunk,) = served.chunks(TEXT, prompt="a")
     assert json.loads(chunk)["error"]["message"] == "Internal error: ZeroDivisionError: oops"
     wait_until(lambda: served.worker.num_open == 0)
@@ -347,7 +349,7 @@ def test_a_client_that_leaves_while_sending_is_no_error(serve, caplog):
     served = serve()
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
         wait_until(lambda: served.server.server_state.tasks)
     wait_until(lambda: not served.server.server_state.tasks)
     assert served.http.get("/health").status_code == 200

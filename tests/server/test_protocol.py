@@ -9,6 +9,11 @@ from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, parse_re
 from hetero_glm5.server.tokenizer import SamplingDefaults
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}}
+
+
+def named(name: str) -> dict:
+    return {"type": "function", "function": {"name": name}}
 
 
 def deep(levels: int) -> list:
@@ -51,6 +56,54 @@ def test_sampling_takes_the_checkpoints_defaults_unless_told():
     assert asked.ignore_eos
 
 
+def test_every_sampling_field_reaches_the_engine():
+    told = {"n": 3, "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1}
+    params = chat(**told, logit_bias={"7": -100, "8": 2.5}, logprobs=True, top_logprobs=5).sampling(SamplingDefaults())
+    assert {name: getattr(params, name) for name in told} == told
+    assert params.logit_bias == {7: -100, 8: 2.5} and (params.logprobs, params.prompt_logprobs) == (5, None)
+    assert chat(logprobs=True).sampling(SamplingDefaults()).logprobs == 0
+    settled = SamplingDefaults(min_p=0.2, repetition_penalty=1.2)
+    assert (chat().sampling(settled).min_p, chat(min_p=0).sampling(settled).min_p) == (0.2, 0)
+    assert chat(repetition_penalty=None).sampling(settled).repetition_penalty == 1.2
+    asked = chat(cache_salt="s", rid="a", request_id="b")
+    assert (asked.cache_salt, asked.names) == ("s", {"a", "b"})
+
+
+@pytest.mark.parametrize(
+    "fields, logprobs, prompt_logprobs, max_tokens, silent",
+    [
+        ({"logprobs": 1, "echo": True, "max_tokens": 1}, 1, 1, 1, False),
+        ({"logprobs": 0, "echo": True, "max_tokens": 0}, 0, 0, 1, True),
+        ({"logprobs": 3}, 3, None, None, False),
+        ({"echo": True}, None, None, None, False),
+    ],
+)
+def test_scoring_a_prompt(fields, logprobs, prompt_logprobs, max_tokens, silent):
+    asked = completion(prompt="a", **fields)
+    params = asked.sampling(SamplingDefaults())
+    assert (params.logprobs, params.prompt_logprobs, params.max_tokens) == (logprobs, prompt_logprobs, max_tokens)
+    assert asked.silent is silent
+
+
+def test_no_tokens_without_echo_is_refused():
+    with pytest.raises(RequestError, match="max_tokens is 0"):
+        completion(prompt="a", max_tokens=0).sampling(SamplingDefaults())
+
+
+def test_a_call_that_must_be_made_is_a_grammar():
+    def text(**fields):
+        grammar = chat(tools=[TOOL, {**TOOL, "function": {"name": "g"}}], **fields).grammar()
+        return grammar and grammar.text
+
+    assert text() is None and text(tool_choice="none") is None and text(parallel_tool_calls=False) is None
+    assert 'f0: "f"' in text(tool_choice="required") and 'f1: "g"' in text(tool_choice="required")
+    assert 'f0: "g"' in text(tool_choice=named("g")) and '"f"' not in text(tool_choice=named("g"))
+    assert "answer: call+" in text(tool_choice="required")
+    assert "answer: call\n" in text(tool_choice="required", parallel_tool_calls=False)
+    either = text(response_format={"type": "json_object"})
+    assert "answer: content | call+" in either and "content: %json" in either
+
+
 def test_fields_that_change_nothing_are_accepted():
     chat(user="me", metadata={"a": "b"}, store=False, n=1, logprobs=False, presence_penalty=0, frequency_penalty=0.0)
     chat(response_format={"type": "text"}, logit_bias={}, tool_choice="none", parallel_tool_calls=True, stop=None)
@@ -60,14 +113,25 @@ def test_fields_that_change_nothing_are_accepted():
 @pytest.mark.parametrize(
     "fields, param, sentence",
     [
-        ({"n": 2}, "n", r"n is not supported by this server \(only 1 is\)\."),
-        ({"logprobs": True}, "logprobs", "only false is"),
-        ({"logprobs": 0}, "logprobs", "not supported"),
-        ({"logit_bias": {"1": 2}}, "logit_bias", "not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-        ({"tool_choice": "required"}, "tool_choice", "tool_choice is 'required'; only auto and none"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "only auto and none"),
+        ({"n": 65}, "n", r"n is 65; it must be between 1 and 64"),
+        ({"n": 0}, "n", "n is 0"),
+        ({"best_of": 2}, "best_of", r"best_of is not supported by this server \(only 1 is\)\."),
+        ({"logprobs": 1}, "logprobs", "should be a valid boolean"),
+        ({"top_logprobs": 3}, "top_logprobs", "top_logprobs is 3, which needs logprobs to be true."),
+        ({"logprobs": True, "top_logprobs": 21}, "logprobs", "logprobs is 21; it must be between 0 and 20"),
+        ({"logit_bias": {"x": 2}}, "logit_bias", "gives 'x' a number; its keys must be token ids"),
+        ({"logit_bias": {"1": 200}}, "logit_bias", "between -100 and 100"),
+        ({"logit_bias": [1]}, "logit_bias", "must be an object"),
+        ({"presence_penalty": 3}, "presence_penalty", "between -2 and 2"),
+        ({"min_p": 1.5}, "min_p", "between 0 and 1"),
+        ({"cache_salt": 5}, "cache_salt", "valid string"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs", "not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format", "response_format is of type 'xml'; it must be"),
+        ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens", "with a grammar"),
+        ({"tool_choice": "any"}, "tool_choice", "tool_choice is 'any'; it must be auto, none, required or"),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools to call"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "tool_choice is dict; it must be auto"),
+        ({"tools": [TOOL], "tool_choice": named("g")}, "tool_choice", "tool_choice names 'g', which is not"),
         ({"colour": "red"}, "colour", "colour is not a field of this request."),
         ({"temperature": "hot"}, "temperature", "temperature is wrong: input should be a valid number"),
         ({"max_tokens": True}, "max_tokens", "should be a valid integer"),
@@ -87,18 +151,19 @@ def test_fields_that_change_nothing_are_accepted():
             ({"messages": [{"role": "assistant", "tool_calls": calls}]}, "messages", r"\[0\].tool_calls must be a list")
             for calls in ([{}], 5, True, 1.5, "x", {"a": 1})
         ),
-        ({"tool_choice": deep(400)}, "tool_choice", "tool_choice is list; only auto and none"),
+        ({"tool_choice": deep(400)}, "tool_choice", "tool_choice is list; it must be auto, none"),
         ({"messages": [{"role": "user", "content": [deep(400)]}]}, "messages", "a part of type NoneType"),
         ({"stop": ["a"] * 2_000_000}, "stop", "stop has 2000000 strings; at most 64"),
     ],
 )
 def test_refusals_name_the_field(fields, param, sentence):
     with pytest.raises(RequestError, match=sentence) as caught:
-        chat(**fields).sampling(SamplingDefaults())
+        asked = chat(**fields)
+        asked.sampling(SamplingDefaults(), asked.grammar())
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize("field", ["echo", "best_of", "suffix"])
+@pytest.mark.parametrize("field", ["best_of", "suffix"])
 def test_fields_of_old_completions_are_refused_by_name(field):
     with pytest.raises(RequestError, match=field):
         completion(prompt="a", **{field: 3})

@@ -36,7 +36,7 @@ class Engine:
     @property
     def num_running(self):
         return len(self.running)
-    def add_all(self, tokens, params, timeout):
+    def add_all(self, tokens, params, salt, timeout):
         return [self.add(tokens, params)]
     def add(self, tokens, params):
         self.running.append(Sequence(tokens, params, len(tokens)))
@@ -86,7 +86,7 @@ def send(url: str, head: str, body: str = "") -> socket.socket:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect((host, int(port)))
-    client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n{body}".encode())
+    client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n{body}".encode())
     return client
 
 

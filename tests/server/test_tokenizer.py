@@ -108,11 +108,12 @@ def test_sampling_defaults_that_cannot_work(tmp_path, settings, sentence):
 
 def test_sampling_settings_without_effect_are_told_once(tmp_path, caplog):
     caplog.set_level("INFO")
-    settings = {"repetition_penalty": 1.05, "min_p": 0.0, "num_beams": 1, "typical_p": 0.9, "eos_token_id": [1]}
+    settings = {"repetition_penalty": 1.05, "min_p": 0.1, "num_beams": 2, "typical_p": 0.9, "eos_token_id": [1]}
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    SamplingDefaults.from_folder(tmp_path)
+    defaults = SamplingDefaults.from_folder(tmp_path)
+    assert (defaults.repetition_penalty, defaults.min_p) == (1.05, 0.1)
     (line,) = caplog.messages
-    assert line.endswith("generation_config.json: repetition_penalty 1.05, typical_p 0.9: no effect in this server.")
+    assert line.endswith("generation_config.json: typical_p 0.9, num_beams 2: no effect in this server.")
 
 
 def test_a_text_that_cannot_fit_is_refused_unencoded(tokenizer, raw):

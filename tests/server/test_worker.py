@@ -335,3 +335,38 @@ def test_an_asker_may_leave_and_an_engine_may_hang(fake_engine):
         release.set()
 
     asyncio.run(main())
+
+
+def test_what_is_aborted_by_name_ends_and_says_so(fake_engine):
+    async def main():
+        engine = fake_engine(lambda prompt: ["x"] * 1_000_000)
+        worker = await started(engine)
+        submitted = [
+            await worker.submit([[1], [2]], SamplingParams(), names=frozenset(names), salt="s")
+            for names in ({"a", "A"}, {"b"}, {"c"})
+        ]
+        assert worker.abort("nobody") == 0 and worker.abort("A") == 1
+        reasons = [item[1].finish_reason async for item in submitted[0].events() if item and item[1].finish_reason]
+        assert reasons == ["abort"] * 2 and len(engine.aborted) == 2 and len(engine.running) == 4
+        assert worker.abort("a") == 0, "it has ended"
+        assert worker.abort(None) == 2
+        for generation in submitted[1:]:
+            assert [i[1].finish_reason async for i in generation.events() if i and i[1].finish_reason] == ["abort"] * 2
+        assert engine.salts == ["s"] * 6 and not engine.running
+        await worker.stop()
+
+    asyncio.run(main())
+
+
+def test_events_are_observed_and_timed(fake_engine):
+    async def main():
+        worker = await started(fake_engine())
+        seen = []
+        worker.observe = lambda generation, index, event: seen.append((generation, index, event.token))
+        generation = await worker.submit([[1], [2]], PARAMS)
+        assert len([item async for item in generation.events() if item]) == len(seen) == 10
+        assert seen[:2] == [(generation, 0, 1), (generation, 1, 1)]
+        assert generation.submitted <= generation.first < generation.last <= time.monotonic()
+        await worker.stop()
+
+    asyncio.run(main())

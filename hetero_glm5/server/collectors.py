@@ -1,0 +1,168 @@
+"""The collectors of OpenAI's two APIs: engine events in, choices out. They number answers, of which each prompt has
+params.n."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hetero_glm5.core import SamplingParams, TokenEvent
+from hetero_glm5.server.logprobs import Alignment, Scored, chat_logprobs, of_prompt, text_logprobs
+from hetero_glm5.server.parsers import Delta, OutputParser, ParsedMessage
+from hetero_glm5.server.protocol import CompletionRequest
+from hetero_glm5.server.responses import Usage, chat_choice, chat_chunk_choice, chat_delta, text_choice
+from hetero_glm5.server.tokenizer import Tokenizer
+
+
+def count(usage: Usage, index: int, told: TokenEvent, answers: int) -> None:
+    """Adds what the event says to the usage of a request with so many answers for each prompt. A prompt counts once,
+    as its first answer found it."""
+    usage.completion += told.token is not None
+    if told.finish_reason is not None and index % answers == 0:
+        usage.cached += told.seq.num_cached or 0
+
+
+class _Scores:
+    """The log-probabilities of one answer: all of them, and those that no chunk has told yet. offset: characters
+    before its text."""
+
+    def __init__(self, tokenizer: Tokenizer, offset: int = 0):
+        self.all: list[Scored] = []
+        self._alignment = Alignment(tokenizer, offset)
+        self._untold: list[Scored] = []
+
+    def tell(self, told: TokenEvent) -> None:
+        self.add(self._alignment.tell(told))
+
+    def add(self, scored: list[Scored]) -> None:
+        self.all += scored
+        self._untold += scored
+
+    def take(self) -> list[Scored]:
+        untold, self._untold = self._untold, []
+        return untold
+
+
+class _Text:
+    """One choice of a text completion; `echo` stands before its text."""
+
+    def __init__(self, tokenizer: Tokenizer, echo: str, *, scored: bool):
+        self._tokenizer, self._echo, self._text = tokenizer, echo, ""
+        self._scores = _Scores(tokenizer, len(echo)) if scored else None
+        self._reason: str | None = None
+        self._begun = False
+
+    def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
+        text, self._reason = told.text, told.finish_reason
+        if not self._begun:
+            self._begun, text = True, self._echo + text
+            if self._scores is not None and told.seq.prompt_logprobs is not None:
+                prompt = told.seq.tokens[: told.seq.num_prompt]
+                self._scores.add(of_prompt(prompt, told.seq.prompt_logprobs, self._tokenizer))
+        if self._scores is not None:
+            self._scores.tell(told)
+        self._text += text
+        if not text and self._reason is None:
+            return []
+        scored = None if self._scores is None else text_logprobs(self._scores.take(), self._tokenizer)
+        return [text_choice(index, text, self._reason, scored)]
+
+    def whole(self, index: int) -> dict[str, Any]:
+        scored = None if self._scores is None else text_logprobs(self._scores.all, self._tokenizer)
+        return text_choice(index, self._text, self._reason, scored)
+
+
+class TextCollector:
+    """/v1/completions: params.n choices for each prompt."""
+
+    def __init__(
+        self, asked: CompletionRequest, prompts: list[list[int]], params: SamplingParams, tokenizer: Tokenizer
+    ):
+        self.usage = Usage(sum(map(len, prompts)))
+        self._silent, self._answers = asked.silent, params.n
+        echoes = [tokenizer.decode(prompt) if asked.echo else "" for prompt in prompts for _ in range(params.n)]
+        self._choices = [_Text(tokenizer, echo, scored=params.logprobs is not None) for echo in echoes]
+
+    def opening(self) -> list[dict[str, Any]]:
+        return []
+
+    def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
+        if self._silent:
+            told = TokenEvent(told.seq, None, "", told.finish_reason)
+        count(self.usage, index, told, self._answers)
+        return self._choices[index].tell(index, told)
+
+    def choices(self) -> list[dict[str, Any]]:
+        return [choice.whole(i) for i, choice in enumerate(self._choices)]
+
+
+class _Message:
+    """One choice of a chat."""
+
+    def __init__(self, parser: OutputParser, tokenizer: Tokenizer, *, scored: bool):
+        self.parser, self._tokenizer = parser, tokenizer
+        self._message, self._reason = ParsedMessage(), "stop"
+        self._scores = _Scores(tokenizer) if scored else None
+
+    def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
+        deltas = self.parser.feed(told.text)
+        if told.finish_reason is not None:
+            deltas += self.parser.finish()
+        if self._scores is not None:
+            self._scores.tell(told)
+        self._message.add(deltas)
+        choices = [chat_chunk_choice(index, chat_delta(delta)) for delta in _merged(deltas)]
+        if told.finish_reason is not None:
+            called = told.finish_reason == "stop" and self.parser.num_calls > 0
+            self._reason = "tool_calls" if called else told.finish_reason
+            choices.append(chat_chunk_choice(index, {}, self._reason))
+        if choices and self._scores is not None:
+            choices[0]["logprobs"] = chat_logprobs(self._scores.take(), self._tokenizer)
+        return choices
+
+    def whole(self, index: int) -> dict[str, Any]:
+        scored = None if self._scores is None else chat_logprobs(self._scores.all, self._tokenizer)
+        return chat_choice(index, self._message, self._reason, scored)
+
+
+class ChatCollector:
+    """/v1/chat/completions: params.n choices, parsed into reasoning, content and tool calls. Tokens of what the parser
+    holds back, or drops, are told with what comes next."""
+
+    def __init__(
+        self,
+        prompt: list[int],
+        parser: Callable[[], OutputParser],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        *,
+        counts_reasoning: bool,
+    ):
+        self.usage = Usage(len(prompt), reasoning=0 if counts_reasoning else None)
+        scored = params.logprobs is not None
+        self._choices = [_Message(parser(), tokenizer, scored=scored) for _ in range(params.n)]
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [chat_chunk_choice(i, {"role": "assistant", "content": ""}) for i in range(len(self._choices))]
+
+    def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
+        choice = self._choices[index]
+        count(self.usage, index, told, len(self._choices))
+        if self.usage.reasoning is not None and told.token is not None:
+            self.usage.reasoning += choice.parser.in_reasoning
+        return choice.tell(index, told)
+
+    def choices(self) -> list[dict[str, Any]]:
+        return [choice.whole(i) for i, choice in enumerate(self._choices)]
+
+
+def _merged(deltas: list[Delta]) -> list[Delta]:
+    """Neighbouring deltas that extend the same text, as one."""
+    merged: list[Delta] = []
+    for delta in deltas:
+        last = merged[-1] if merged else None
+        if last is not None and last.kind == delta.kind != "name" and last.call == delta.call:
+            merged[-1] = Delta(delta.kind, last.text + delta.text, delta.call)
+        else:
+            merged.append(delta)
+    return merged

@@ -1,0 +1,94 @@
+"""Checks of a request's fields that pydantic's types cannot make. Each returns the value to use, or raises ValueError
+with the end of a sentence that begins with the field's name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def strings(value: Any) -> list[str]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise ValueError("must be a string or a list of strings")
+    return values
+
+
+def prompts(value: Any) -> list[str | list[int]]:
+    """A prompt is a text or token ids; there may be one or several."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(v, str) for v in value) or all(_is_token_ids(v) for v in value):
+            return value
+        if _is_token_ids(value):
+            return [value]
+    raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+def content(value: Any) -> str | list[dict[str, str]] | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a string, null or a list of parts")
+    for i, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else None
+            usable = '{"type": "text", "text": …}'
+            raise ValueError(f"has a part of type {shown(kind)} at [{i}]; only {usable} can be used")
+    return value
+
+
+def tool_calls(value: Any) -> list[dict[str, Any]] | None:
+    if value is None:
+        return None
+    for call in value if isinstance(value, list) else [None]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError('must be a list of {"function": {"name": …, "arguments": …}}')
+    return value
+
+
+def tools(value: Any) -> list[dict[str, Any]] | None:
+    """Function tools as they came, since templates print them; tools of other types are skipped."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise ValueError("must be a list of tools")
+    tools = [tool for tool in value if tool.get("type", "function") == "function"]
+    for tool in tools:
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError('must hold functions of the form {"type": "function", "function": {"name": …}}')
+    return tools
+
+
+def tool_choice(value: Any) -> Any:
+    """auto, none, required, or the name of the one function to call as {"name": …}."""
+    if value in (None, "auto", "none", "required"):
+        return value or "auto"
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        named = '{"type": "function", "function": {"name": …}}'
+        raise ValueError(f"is {shown(value)}; it must be auto, none, required or {named}")
+    return {"name": function["name"]}
+
+
+def biases(value: Any) -> dict[int, Any]:
+    """JSON's keys are strings."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError("must be an object that gives token ids numbers")
+    wrong = next((key for key in value if not (key.isascii() and key.isdigit() and len(key) < 10)), None)
+    if wrong is not None:
+        raise ValueError(f"gives {shown(wrong)} a number; its keys must be token ids")
+    return {int(key): bias for key, bias in value.items()}
+
+
+def shown(value: Any) -> str:
+    """A client's value in a sentence: a text, or else its kind, since it may be large and deep."""
+    return repr(value[:100]) if isinstance(value, str) else type(value).__name__
