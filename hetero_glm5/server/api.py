@@ -17,18 +17,20 @@ from starlette.requests import ClientDisconnect
 
 from hetero_glm5.config import ServerConfig
 from hetero_glm5.core import RequestError, SamplingParams
+from hetero_glm5.server.anthropic_api import messages_router
 from hetero_glm5.server.collectors import ChatCollector, TextCollector
-from hetero_glm5.server.errors import KNOWN, NotReady, UnknownModel, bug_body, describe, error_body
+from hetero_glm5.server.errors import KNOWN, RETRY_SECONDS, NotReady, UnknownModel, bug_body, describe, error_body
 from hetero_glm5.server.guard import Guard, allowed_hosts, cross_origin, request_id
+from hetero_glm5.server.openresponses_api import responses_router
 from hetero_glm5.server.parsers import OutputParser
 from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, SamplingRequest, parse_request
+from hetero_glm5.server.replay import Replay
 from hetero_glm5.server.responses import Answer, Kind
 from hetero_glm5.server.streaming import Collector, EventStream, collect, stream, unless_disconnected
 from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
 from hetero_glm5.server.worker import EngineWorker
 
 MAX_BODY_BYTES = 64 << 20  # a prompt of a million tokens is about 4 MB
-RETRY_SECONDS = "5"
 STREAM_PATIENCE = 1.0  # seconds for the engine to refuse a stream; then its headers go out
 
 
@@ -48,6 +50,7 @@ class Service:
     ):
         self.worker, self.tokenizer, self.model, self.config, self.defaults = worker, tokenizer, model, config, defaults
         self.started = int(time.time())
+        self.replay = Replay()
 
     async def health(self) -> Response:
         worker = self.worker
@@ -101,21 +104,23 @@ class Service:
         asked = await self._asked(ChatRequest, request)
         text, prompt = await asyncio.to_thread(self._chat_prompt, asked)
         reasoning = self.config.reasoning_parser is not None and asked.separate_reasoning is not False
-        thinking = reasoning and text.rstrip().endswith("<think>")
+        opened = text.rstrip().endswith("<think>")
+        thinking = reasoning and opened
         params = asked.sampling(self.defaults, asked.grammar(thinking=thinking))
 
         def parser() -> OutputParser:
             tools = asked.offered_tools if self.config.tool_call_parser is not None else None
             return OutputParser(thinking=thinking, reasoning=reasoning, tools=tools, parallel=asked.parallel)
 
-        collector = ChatCollector(prompt, parser, params, self.tokenizer, counts_reasoning=reasoning)
+        replay = self.replay if reasoning or not opened else None  # content that holds reasoning is rendered
+        collector = ChatCollector(prompt, parser, params, self.tokenizer, replay, counts_reasoning=reasoning)
         return await self._answer(request, asked, [prompt], params, collector)
 
     def _chat_prompt(self, asked: ChatRequest) -> tuple[str, list[int]]:
         messages, tools = asked.plain_messages, asked.offered_tools
         if tools is not None and self.config.tool_call_parser is None:
             raise RequestError("tools need a server started with --tool-call-parser glm47.", "tools")
-        text = self.tokenizer.render_chat(messages, tools, **asked.template_kwargs)
+        text = self.replay.render(self.tokenizer, messages, tools, **asked.template_kwargs)
         return text, self.encode(text)
 
     def encode(self, text: str) -> list[int]:
@@ -198,6 +203,8 @@ def create_app(service: Service) -> FastAPI:
     guarded.add_api_route("/v1/models/{name:path}", service.one_model)
     guarded.add_api_route("/v1/completions", service.completions, methods=["POST"])
     guarded.add_api_route("/v1/chat/completions", service.chat, methods=["POST"])
+    guarded.include_router(messages_router(service))
+    guarded.include_router(responses_router(service))
     guarded.add_api_route("/start_expert_distribution_record", service.start_recording, methods=["POST"])
     guarded.add_api_route("/stop_expert_distribution_record", service.stop_recording, methods=["POST"])
     guarded.add_api_route("/dump_expert_distribution_record", service.dump_recording, methods=["POST"])
