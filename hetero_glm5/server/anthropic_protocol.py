@@ -6,13 +6,14 @@ edits a conversation to save room is ignored: every prefix is cached here.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from hetero_glm5.core import MOST_STOP_CHARACTERS, MOST_STOPS, RequestError, SamplingParams
 from hetero_glm5.server.fields import shown
-from hetero_glm5.server.protocol import RequestBody
+from hetero_glm5.server.protocol import SparseBody
 from hetero_glm5.server.tokenizer import SamplingDefaults
 from hetero_glm5.server.turn import Asked
 
@@ -104,7 +105,7 @@ class OutputConfig(BaseModel):
     format: Format | None = None
 
 
-class Conversation(RequestBody):
+class Conversation(SparseBody):
     """What makes a prompt: all that counting its tokens takes."""
 
     ignored = frozenset(
@@ -162,13 +163,10 @@ class MessagesRequest(Conversation):
 
     def sampling(self, defaults: SamplingDefaults) -> SamplingParams:
         """Raises RequestError."""
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_p=defaults.top_p if self.top_p is None else self.top_p,
-            top_k=defaults.top_k if self.top_k is None else self.top_k,
-            stop=tuple(self.stop_sequences),
-        )
+        names = ("temperature", "top_p", "top_k")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        stop = tuple(self.stop_sequences)
+        return SamplingParams(**{**asdict(defaults), **given}, max_tokens=self.max_tokens, stop=stop)
 
 
 def _plain(role: str, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:

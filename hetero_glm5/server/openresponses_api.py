@@ -34,8 +34,8 @@ def responses_router(service: Service) -> APIRouter:
         service.check_model(asked.model)
         before = _before(kept, asked.previous_response_id)
         turn = await make_turn(service, asked.asked(before, asked.sampling(service.defaults)), "call_")
-        teller = ResponseTeller(turn, asked, service.model, before, kept if asked.store is not False else None)
-        return await answer(service, request, teller, streams=bool(asked.stream))
+        teller = ResponseTeller(turn, asked, service.model, before, kept if asked.store else None)
+        return await answer(service, request, teller, streams=asked.stream)
 
     router = APIRouter()
     router.add_api_route("/v1/responses", responses, methods=["POST"])
@@ -100,10 +100,10 @@ class ResponseTeller:
             "incomplete_details": reason,
             "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens,
-            "metadata": asked.metadata or {},
+            "metadata": asked.metadata,
             "model": self._model,
             "output": [self._item(part) for part in self.turn.parts] if status != "in_progress" else [],
-            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "parallel_tool_calls": asked.parallel_tool_calls,
             "previous_response_id": asked.previous_response_id,
             "reasoning": {"effort": asked.reasoning.effort, "summary": None},
             "store": self._kept is not None,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from hetero_glm5.core import RequestError, SamplingParams
 from hetero_glm5.server.fields import shown
-from hetero_glm5.server.protocol import RequestBody
+from hetero_glm5.server.protocol import SparseBody
 from hetero_glm5.server.tokenizer import SamplingDefaults
 from hetero_glm5.server.tool_grammar import ANY_JSON
 from hetero_glm5.server.turn import Asked
@@ -94,7 +95,7 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for i, item in enumerate(value):
         kind = item.get("type", "message") if isinstance(item, dict) else None
-        if kind not in _ITEMS:
+        if not isinstance(kind, str) or kind not in _ITEMS:
             raise ValueError(f"has an item of type {shown(kind)} at [{i}]; it must be one of {', '.join(_ITEMS)}")
         try:
             _append(messages, _ITEMS[kind](item))
@@ -173,7 +174,7 @@ class Text(BaseModel):
     format: Format = Format()
 
 
-class ResponsesRequest(RequestBody):
+class ResponsesRequest(SparseBody):
     """`input` becomes chat messages, `tools` those of chat completions, and `tool_choice` what _tool_choice says."""
 
     ignored = frozenset(
@@ -193,33 +194,27 @@ class ResponsesRequest(RequestBody):
     input: Annotated[Any, BeforeValidator(_messages)]
     instructions: str | None = None
     previous_response_id: str | None = None
-    tools: Annotated[Any, BeforeValidator(lambda value: _tools([] if value is None else value))] = []
-    tool_choice: Annotated[Any, BeforeValidator(lambda value: _tool_choice("auto" if value is None else value))] = (
-        Field({"mode": "auto"})
-    )
-    parallel_tool_calls: bool | None = True
-    text: Annotated[Text, BeforeValidator(lambda value: {} if value is None else value)] = Text()
-    reasoning: Annotated[Reasoning, BeforeValidator(lambda value: {} if value is None else value)] = Reasoning()
-    include: list[str] | None = None
+    tools: Annotated[Any, BeforeValidator(_tools)] = []
+    tool_choice: Annotated[Any, BeforeValidator(_tool_choice)] = {"mode": "auto"}
+    parallel_tool_calls: bool = True
+    text: Text = Text()
+    reasoning: Reasoning = Reasoning()
+    include: list[str] = []
     max_output_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: float | None = None
     top_p: float | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = True
-    stream: bool | None = False
+    metadata: dict[str, Any] = {}
+    store: bool = True
+    stream: bool = False
 
     def sampling(self, defaults: SamplingDefaults) -> SamplingParams:
         """Raises RequestError."""
-        return SamplingParams(
-            max_tokens=self.max_output_tokens,
-            temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_p=defaults.top_p if self.top_p is None else self.top_p,
-            top_k=defaults.top_k,
-        )
+        given = {name: value for name in ("temperature", "top_p") if (value := getattr(self, name)) is not None}
+        return SamplingParams(**{**asdict(defaults), **given}, max_tokens=self.max_output_tokens)
 
     def asked(self, before: list[dict[str, Any]], params: SamplingParams) -> Asked:
         """What is asked of a turn that follows `before` and the input. Raises RequestError."""
-        if self.include and "message.output_text.logprobs" in self.include:
+        if "message.output_text.logprobs" in self.include:
             raise RequestError("include asks for message.output_text.logprobs, which is not supported.", "include")
         instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
         names, mode = self.tool_choice.get("names"), self.tool_choice["mode"]
@@ -230,7 +225,7 @@ class ResponsesRequest(RequestBody):
             params,
             choice=mode,
             function=names[0] if mode == "only" else "",
-            parallel=self.parallel_tool_calls is not False,
+            parallel=self.parallel_tool_calls,
             schema=self.text.format.wanted,
             schema_field="text",
             template=self.reasoning.template,

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hetero_glm5.core import Grammar, RequestError, SamplingParams
 from hetero_glm5.server import fields
@@ -68,6 +68,15 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     ignored: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+
+class SparseBody(RequestBody):
+    """A field that is null was not sent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in data.items() if value is not None}
 
 
 class SamplingRequest(RequestBody):

@@ -97,6 +97,9 @@ def test_what_changes_nothing_is_accepted():
         "thinking": {"type": "enabled", "budget_tokens": 31999, "display": "omitted"},
         "mcp_servers": [],
         "container": None,
+        "system": None,
+        "tool_choice": None,
+        "tools": None,
     }
     asked = read({"role": "user", "content": [text("Hi", cache_control={"type": "ephemeral"})]}, **everything)
     assert asked.asked(SamplingParams()).messages == [USER]
