@@ -47,7 +47,7 @@ from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.mtp import MTP
 from hetero_glm5.model.state import Cache, Clocked
 from hetero_glm5.model_config import ModelConfig
-from hetero_glm5.placement.memory import GIB
+from hetero_glm5.placement.memory import GIB, MemoryPlan
 from hetero_glm5.placement.record import DistributionRecorder
 from hetero_glm5.weights.expert_store import ExpertStore, is_store
 from hetero_glm5.weights.load import ModelWeights, Report
@@ -63,6 +63,7 @@ class Engine:
     core.Clock to measure the parts of each step."""
 
     pool: HostPool
+    memory: MemoryPlan
 
     def __init__(
         self,
@@ -320,7 +321,7 @@ class Engine:
         sampler = Sampler(model_config.eos_token_ids, tokenizer, model_config.vocab_size)
         scheduler = Scheduler(config, prefixes, stopping, store, sampler.forget)
         engine = cls(config, runner, scheduler, sampler, tiers, recorder)
-        engine.pool, engine.store = pool, store
+        engine.pool, engine.store, engine.memory = pool, store, memory
         if config.draft_depth:
             layer = {model_config.num_hidden_layers: np.full(model_config.n_routed_experts, -1)}
             own = load_tiers(source, experts, layer, device=config.device, pool=pool)

@@ -70,6 +70,15 @@ class DistributionRecorder:
             self._hits.add(decode * on_device, prefill * on_device)
             self._masks.append(on_device.copy())
 
+    @property
+    def hit_rate(self) -> dict[str, float | None] | None:
+        """{decode, prefill}: of the selections recorded, the share that found their expert on the device, None without
+        any; None if that is not recorded."""
+        if self.masks is None:
+            return None
+        both = zip(PHASES, self._hits.tokens, self._routed.tokens, strict=True)
+        return {phase: hits / routed if routed else None for phase, hits, routed in both}
+
     def dump(self) -> dict[str, Any]:
         """Writes what was recorded and goes on from zero: {file, steps, tokens: {decode, prefill}}, and with `masks`
         hit_rate, null without tokens: {decode, prefill}. Raises RequestError, and OSError, after which nothing is
@@ -84,8 +93,7 @@ class DistributionRecorder:
             held = self._hits.tensors
             tensors |= {f"gpu_{name}": held[name] for name in PHASE_KEYS}
             tensors["gpu_expert_masks"] = all_layers(np.stack(self._masks), self.model)
-            rates = [hits / n if n else None for hits, n in zip(self._hits.tokens, tokens, strict=True)]
-            told["hit_rate"] = dict(zip(PHASES, rates, strict=True))
+            told["hit_rate"] = self.hit_rate
         save_tensors(path, tensors)
         self._reset()
         return told

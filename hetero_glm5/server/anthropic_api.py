@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from hetero_glm5.core import SamplingParams
 from hetero_glm5.server.anthropic_protocol import CountRequest, MessagesRequest
-from hetero_glm5.server.errors import KNOWN, RETRY_SECONDS, describe, error_body
+from hetero_glm5.server.errors import KNOWN, describe, error_body
 from hetero_glm5.server.protocol import parse_request
+from hetero_glm5.server.service import RETRY_SECONDS, Service, json_response
 from hetero_glm5.server.turn import Change, Part, Turn, answer, make_turn, named_event
-
-if TYPE_CHECKING:
-    from hetero_glm5.server.api import Service
 
 CALL = "toolu_"  # begins the ids of tool calls
 SIGNATURE = "none"  # of thinking: nothing is signed, but some clients drop what has none
@@ -44,7 +41,7 @@ def messages_router(service: Service) -> APIRouter:
         asked = parse_request(CountRequest, await service.body(request))
         service.check_model(asked.model)
         turn = await make_turn(service, asked.asked(SamplingParams()), CALL)
-        return _json({"input_tokens": len(turn.prompt)})
+        return json_response({"input_tokens": len(turn.prompt)})
 
     router = APIRouter(route_class=AnthropicRoute)
     router.add_api_route("/v1/messages", messages, methods=["POST"])
@@ -66,7 +63,7 @@ class AnthropicRoute(APIRoute):
             except HTTPException as error:
                 status, body = error.status_code, error_body(str(error.detail), "")
             retry = {"Retry-After": RETRY_SECONDS} if status in (429, 503) else None
-            return _json(_error(body["error"], status), status, retry)
+            return json_response(_error(body["error"], status), status, retry)
 
         return handle_or_tell
 
@@ -171,7 +168,3 @@ _DELTAS = {
 def _error(error: dict[str, Any], status: int) -> dict[str, Any]:
     """Anthropic's shape of an error that is told in OpenAI's."""
     return {"type": "error", "error": {"type": _ERRORS.get(status, "api_error"), "message": error["message"]}}
-
-
-def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(body), status, headers, media_type="application/json")

@@ -6,8 +6,6 @@ from typing import Any
 
 from hetero_glm5.core import QueueFull, RequestError
 
-RETRY_SECONDS = "5"
-
 
 class UnknownModel(RequestError):
     """The request names a model that is not served."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -17,10 +17,8 @@ from hetero_glm5.server.openresponses_protocol import ResponsesRequest, encoded
 from hetero_glm5.server.protocol import parse_request
 from hetero_glm5.server.recent import Recent
 from hetero_glm5.server.responses import PING
+from hetero_glm5.server.service import Service
 from hetero_glm5.server.turn import Change, Part, Turn, answer, make_turn, named_event
-
-if TYPE_CHECKING:
-    from hetero_glm5.server.api import Service
 
 MOST_CHARACTERS = 32 << 20  # of conversations that are kept
 Messages = list[dict[str, Any]]

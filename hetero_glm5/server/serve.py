@@ -21,8 +21,9 @@ from hetero_glm5 import __version__
 from hetero_glm5.config import EngineConfig, ServerConfig
 from hetero_glm5.core import UserError
 from hetero_glm5.engine.engine import Engine
-from hetero_glm5.server.api import Service, create_app
+from hetero_glm5.server.api import create_app
 from hetero_glm5.server.progress import LoadDisplay, start_log
+from hetero_glm5.server.service import Service
 from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
 from hetero_glm5.server.worker import EngineWorker, Report
 

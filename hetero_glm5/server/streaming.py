@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from hetero_glm5.core import QueueFull, RequestError, TokenEvent
 from hetero_glm5.server.errors import GenerationFailed, bug_body, describe
-from hetero_glm5.server.responses import DONE, PING, Answer, Usage, event
+from hetero_glm5.server.responses import DONE, PING, Usage, event
 from hetero_glm5.server.worker import Generation
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,18 @@ class Collector(Protocol):
         ...
 
 
+class Shape(Protocol):
+    """How an API spells an answer: responses.Answer, or like it."""
+
+    def whole(self, choices: list[dict[str, Any]], usage: Usage, timings: dict[str, float]) -> Any: ...
+
+    def chunk(self, choices: list[dict[str, Any]]) -> bytes: ...
+
+    def usage_chunk(self, usage: Usage, timings: dict[str, float]) -> bytes: ...
+
+
 async def stream(
-    generation: Generation, collector: Collector, answer: Answer, *, include_usage: bool
+    generation: Generation, collector: Collector, answer: Shape, *, include_usage: bool
 ) -> AsyncIterator[bytes]:
     """The server-sent events of an answer. An error after the first byte is an event, and the last one."""
     sent = time.monotonic()
@@ -83,7 +93,7 @@ class EventStream(StreamingResponse):
             self._close()
 
 
-async def collect(generation: Generation, collector: Collector, answer: Answer) -> dict[str, Any]:
+async def collect(generation: Generation, collector: Collector, answer: Shape) -> Any:
     """The whole answer. Raises GenerationFailed."""
     async for item in generation.events():
         if item is not None:

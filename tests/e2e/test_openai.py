@@ -6,14 +6,6 @@ import math
 import jsonschema
 import openai
 import pytest
-from served import running_server
-
-from hetero_glm5.config import EngineConfig, ServerConfig
-from hetero_glm5.engine.engine import Engine
-from hetero_glm5.model_config import DEMO_FOLDER
-from hetero_glm5.server.tokenizer import Tokenizer
-
-pytestmark = pytest.mark.skipif(not DEMO_FOLDER.exists(), reason="the package was built without the demo model")
 
 ASK = {"model": "tiny", "max_tokens": 24, "temperature": 0}
 HI = [{"role": "user", "content": "What is 12 + 30?"}]
@@ -32,21 +24,6 @@ def tool(name: str) -> dict:
 
 
 TOOLS = [tool("get_weather"), tool("get_time")]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_folder(DEMO_FOLDER)
-
-
-@pytest.fixture(scope="module")
-def served(tokenizer):
-    flags = {"dtype": "float32", "max_total_tokens": 4096, "kt_cpuinfer": 1, "speculative_algorithm": "MTP"}
-    config = EngineConfig(model=str(DEMO_FOLDER), device="cpu", **flags)
-    parsers = ServerConfig(reasoning_parser="glm45", tool_call_parser="glm47")
-    with running_server(lambda report: Engine.load(config, tokenizer, report), tokenizer, parsers, True) as served:
-        assert served.worker.state == "ready", served.worker.failure
-        yield served
 
 
 @pytest.fixture(scope="module")

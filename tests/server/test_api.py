@@ -14,7 +14,7 @@ import torch
 from hetero_glm5.demo.configs import tiny_config
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.placement.record import DistributionRecorder
-from hetero_glm5.server import api, collectors, streaming
+from hetero_glm5.server import collectors, service, streaming
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -165,7 +165,7 @@ def test_template_kwargs_cannot_replace_the_messages(serve):
 
 
 def test_bodies_are_limited(serve, monkeypatch):
-    monkeypatch.setattr(api, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(service, "MAX_BODY_BYTES", 1000)
     answer = serve().http.post(TEXT, json={"prompt": "a" * 2000})
     assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
 
@@ -251,7 +251,7 @@ def test_a_client_that_leaves_aborts(serve, fake_engine, stream):
 
 def test_headers_role_and_pings_come_during_a_long_step(serve, fake_engine, monkeypatch):
     monkeypatch.setattr(streaming, "SILENCE", 0.05)
-    monkeypatch.setattr(api, "STREAM_PATIENCE", 0.05)
+    monkeypatch.setattr(service, "STREAM_PATIENCE", 0.05)
     engine, hold = fake_engine(pieces("done")), threading.Event()
     engine.before_step = lambda: hold.wait(10)
     served = serve(engine)

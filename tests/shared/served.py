@@ -11,7 +11,8 @@ import httpx
 import uvicorn
 
 from hetero_glm5.config import ServerConfig
-from hetero_glm5.server.api import Service, create_app
+from hetero_glm5.server.api import create_app
+from hetero_glm5.server.service import Service
 from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
 from hetero_glm5.server.worker import EngineWorker
 
