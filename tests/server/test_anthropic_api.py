@@ -184,8 +184,9 @@ def test_errors_have_anthropics_shape(client, body, status, kind, sentence):
 
 def test_keys_and_loading(client, serve, fake_engine):
     asking = client("x", api_key="secret")
-    with pytest.raises(anthropic.AuthenticationError, match="API key"):
+    with pytest.raises(anthropic.AuthenticationError, match="API key") as refused:
         asking.messages.create(**HI)
+    assert refused.value.body["error"]["type"] == "authentication_error"
     assert anthropic.Anthropic(base_url=asking.served.url, api_key="secret").messages.create(**HI).content
     go = threading.Event()
     served = serve(lambda progress: (go.wait(10), fake_engine())[1], wait=False)

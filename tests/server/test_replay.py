@@ -29,8 +29,11 @@ SCHEMA = {
 BILLING = "x-anthropic-billing-header: cc_version=2; cch={};\n"
 
 
+VOCABULARY = build_tokenizer(600)
+
+
 def service(template: str = CHAT_TEMPLATE) -> SimpleNamespace:
-    tokenizer = Tokenizer(build_tokenizer(600), ChatTemplate({"default": template}, {}, "test"))
+    tokenizer = Tokenizer(VOCABULARY, ChatTemplate({"default": template}, {}, "test"))
     config = SimpleNamespace(tool_call_parser="glm47", reasoning_parser="glm45")
     return SimpleNamespace(tokenizer=tokenizer, replay=Replay(), config=config, encode=tokenizer.encode)
 
