@@ -6,6 +6,7 @@ null]; those of a prompt start at its token logprob_start_len (-1: at its last),
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -22,8 +23,8 @@ from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
 
 DEFAULT_TOKENS = 128  # SGLang's
 SAMPLED = (
-    *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-    *("n", "ignore_eos", "stop_token_ids"),
+    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("n", "stop", "stop_token_ids", "ignore_eos", "logit_bias"),
 )
 
 
@@ -108,18 +109,14 @@ class GenerateRequest(BaseModel):
         """Raises RequestError. What is not said is as the checkpoint has it."""
         asked = self.sampling_params
         given = {name: value for name in SAMPLED if (value := getattr(asked, name)) is not None}
-        top_k = defaults.top_k if asked.top_k is None else asked.top_k
+        values = dataclasses.asdict(defaults) | given
+        values["top_k"] = 0 if values["top_k"] == -1 else values["top_k"]
         top = self.top_logprobs_num if self.return_logprob else None
         return SamplingParams(
-            **{"temperature": defaults.temperature, "top_p": defaults.top_p, "min_p": defaults.min_p}
-            | {"repetition_penalty": defaults.repetition_penalty}
-            | given,
-            top_k=0 if top_k == -1 else top_k,
+            **values,
             max_tokens=1 if self.silent else asked.max_new_tokens,
             min_tokens=asked.min_new_tokens,
-            stop=tuple(asked.stop),
             seed=asked.sampling_seed,
-            logit_bias=asked.logit_bias,
             grammar=asked.grammar(),
             logprobs=top,
             prompt_logprobs=top if self.logprob_start_len >= 0 else None,
@@ -159,7 +156,7 @@ class _Answered:
     def _reason(self, last: TokenEvent) -> dict[str, Any] | None:
         if last.finish_reason is None:
             return None
-        detail = {"stop": {"matched": last.matched}, "length": {"length": len(self._drawn)}}
+        detail: dict[str, dict[str, Any]] = {"stop": {"matched": last.matched}, "length": {"length": len(self._drawn)}}
         return {"type": last.finish_reason} | detail.get(last.finish_reason, {})
 
     def _input(self, last: TokenEvent) -> list[Drawn]:
@@ -171,7 +168,7 @@ class _Answered:
         return [Drawn(token) for token in self._prompt[start : start + 1]] + known
 
     def _scores(self, side: str, drawn: list[Drawn]) -> dict[str, Any]:
-        told = {f"{side}_token_logprobs": [self._score(one.token, one.logprob) for one in drawn]}
+        told: dict[str, Any] = {f"{side}_token_logprobs": [self._score(one.token, one.logprob) for one in drawn]}
         if self._asked.top_logprobs_num:
             tops = [[self._score(*pair) for pair in one.top] or None for one in drawn]
             told[f"{side}_top_logprobs"] = tops

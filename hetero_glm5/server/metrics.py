@@ -90,7 +90,7 @@ class Metrics:
             stats = {(name,): value for name, value in told["page_store"].items()}
             yield self._told(GaugeMetricFamily, "page_store", "Pages outside the KV pool.", stats, "stat")
 
-    def _told(self, kind: Any, name: str, help: str, values: dict[tuple[str, ...], float], *labels: str) -> Metric:
+    def _told(self, kind: Any, name: str, help: str, values: dict[Any, float], *labels: str) -> Metric:
         family = kind(f"{PREFIX}:{name}", help, labels=[*self._labels, *labels])
         for label_values, value in values.items():
             family.add_metric([*self._labels.values(), *label_values], value)

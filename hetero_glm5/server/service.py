@@ -97,8 +97,9 @@ class Service:
         params = asked.sampling(self.defaults, asked.grammar(thinking=thinking))
 
         def parser() -> OutputParser:
-            tools = asked.offered_tools if self.config.tool_call_parser is not None else None
-            return OutputParser(thinking=thinking, reasoning=reasoning, tools=tools, parallel=asked.parallel)
+            return OutputParser(
+                thinking=thinking, reasoning=reasoning, tools=asked.offered_tools, parallel=asked.parallel
+            )
 
         replay = self.replay if reasoning or not opened else None  # content that holds reasoning is rendered
         collector = ChatCollector(prompt, parser, params, self.tokenizer, replay, counts_reasoning=reasoning)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, Literal
 
 from hetero_glm5.core import LoadProgress, QueueFull, RequestError, SamplingParams, Sequence, TokenEvent, UserError
@@ -175,7 +176,7 @@ class EngineWorker:
         """Ends the generations of that name, or all; their listeners hear of it. How many there were."""
         ended = [g for g in self._generations if g.unfinished and (name is None or name in g.names)]
         for generation in ended:
-            self._commands.put(lambda generation=generation: self._abort(generation))
+            self._commands.put(partial(self._abort, generation))
         return len(ended)
 
     async def ask(self, question: Callable[[Any], Any]) -> Any:

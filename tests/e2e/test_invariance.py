@@ -90,6 +90,19 @@ def test_preemption(folder, plain, monkeypatch):
     assert preempted
 
 
+def test_prompts_are_scored_once_though_preempted(folder):
+    """What was told of a prompt stays while its sequence is computed again."""
+    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, prompt_logprobs=1)
+    flags = {"page_size": 8, "device": "cpu", "dtype": "float32", "skip_tokenizer": True}
+    scores, preemptions = [], []
+    for pool in (104, 512):
+        with LLM(folder, max_total_tokens=pool, **flags) as llm:
+            scores.append([output.prompt_logprobs for output in llm.generate(PROMPTS, params)])
+            preemptions.append(llm.engine.scheduler.counts.preemptions)
+    assert preemptions[0] > 0 == preemptions[1] and scores[0] == scores[1]
+    assert [len(each) for each in scores[0]] == [len(prompt) - 1 for prompt in PROMPTS]
+
+
 def test_host_experts_on_a_stream(folder, plain, standin):
     """As with a GPU: the host part is enqueued, the device part runs meanwhile."""
     stream = PatientStream(standin, most_delay=100)

@@ -85,3 +85,19 @@ def test_held_text_is_shown_before_an_end_token():
 
 def test_characters_come_whole():
     assert run([26, 27, 1]) == (["", "é", "b"], None)
+
+
+@pytest.mark.parametrize(
+    "params, matched",
+    [({}, None), ({"stop": ("cd", "d")}, "cd"), ({"stop": ("zz",), "stop_token_ids": (ids("e")[0],)}, ids("e")[0])],
+)
+def test_what_ended_it_is_told(params, matched):
+    seq = Sequence([1], SamplingParams(max_tokens=5, **params), 1)
+    stopping = Stopping((), 100, Letters())
+    for token in ids("abcde"):
+        seq.tokens.append(token)
+        event = stopping.event(seq, Drawn(token))
+        if event.finish_reason is not None:
+            break
+        assert event.matched is None
+    assert event.matched == matched and event.finish_reason == ("length" if matched is None else "stop")
