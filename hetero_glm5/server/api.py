@@ -12,9 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from hetero_glm5.server.anthropic_api import messages_router
 from hetero_glm5.server.errors import KNOWN, bug_body, describe, error_body
 from hetero_glm5.server.guard import Guard, allowed_hosts, cross_origin
 from hetero_glm5.server.native import Native
+from hetero_glm5.server.openresponses_api import responses_router
 from hetero_glm5.server.service import RETRY_SECONDS, Service, json_response
 
 
@@ -34,6 +36,8 @@ def create_app(service: Service) -> FastAPI:
     guarded.add_api_route("/v1/models/{name:path}", service.one_model)
     guarded.add_api_route("/v1/completions", service.completions, methods=["POST"])
     guarded.add_api_route("/v1/chat/completions", service.chat, methods=["POST"])
+    guarded.include_router(messages_router(service))
+    guarded.include_router(responses_router(service))
     guarded.add_api_route("/start_expert_distribution_record", service.start_recording, methods=["POST"])
     guarded.add_api_route("/stop_expert_distribution_record", service.stop_recording, methods=["POST"])
     guarded.add_api_route("/dump_expert_distribution_record", service.dump_recording, methods=["POST"])

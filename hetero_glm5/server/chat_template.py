@@ -7,6 +7,7 @@ special token (`<|user|>`, `</think>`) puts that token into the prompt, as in th
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from hetero_glm5.core import RequestError, UserError
 from hetero_glm5.model_config import read_json
 
+# A line in Claude Code's system prompts. It changes with every call, and nothing after it would be found in the cache.
+_BILLING = re.compile(r"^x-anthropic-billing-header:.*\n?", re.MULTILINE)
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -88,6 +91,8 @@ def _normalised_message(message: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
     role = "system" if message["role"] == "developer" else message["role"]
+    if role == "system":
+        content = _BILLING.sub("", content or "")
     message = {**message, "role": role, "content": content or ""}
     if message.get("tool_calls"):
         message["tool_calls"] = [

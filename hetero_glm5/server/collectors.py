@@ -10,7 +10,8 @@ from hetero_glm5.core import SamplingParams, TokenEvent
 from hetero_glm5.server.logprobs import Alignment, Scored, chat_logprobs, of_prompt, text_logprobs
 from hetero_glm5.server.parsers import Delta, OutputParser, ParsedMessage
 from hetero_glm5.server.protocol import CompletionRequest
-from hetero_glm5.server.responses import Usage, chat_choice, chat_chunk_choice, chat_delta, text_choice
+from hetero_glm5.server.replay import Replay, SampledTurn
+from hetero_glm5.server.responses import Usage, chat_choice, chat_chunk_choice, chat_delta, new_call_id, text_choice
 from hetero_glm5.server.tokenizer import Tokenizer
 
 
@@ -97,10 +98,12 @@ class TextCollector:
 
 
 class _Message:
-    """One choice of a chat."""
+    """One choice of a chat. What was sampled goes to `replay`."""
 
-    def __init__(self, parser: OutputParser, tokenizer: Tokenizer, *, scored: bool):
-        self.parser, self._tokenizer = parser, tokenizer
+    def __init__(self, parser: OutputParser, tokenizer: Tokenizer, replay: Replay | None, *, scored: bool):
+        self.parser, self._tokenizer, self._replay = parser, tokenizer, replay
+        self._thinking, self._text = parser.in_reasoning, ""
+        self._call_ids: list[str] = []
         self._message, self._reason = ParsedMessage(), "stop"
         self._scores = _Scores(tokenizer) if scored else None
 
@@ -110,11 +113,15 @@ class _Message:
             deltas += self.parser.finish()
         if self._scores is not None:
             self._scores.tell(told)
+        self._text += told.text
         self._message.add(deltas)
-        choices = [chat_chunk_choice(index, chat_delta(delta)) for delta in _merged(deltas)]
+        self._call_ids += [new_call_id() for delta in deltas if delta.kind == "name"]
+        choices = [chat_chunk_choice(index, chat_delta(delta, self._call_ids)) for delta in _merged(deltas)]
         if told.finish_reason is not None:
             called = told.finish_reason == "stop" and self.parser.num_calls > 0
             self._reason = "tool_calls" if called else told.finish_reason
+            if told.finish_reason == "stop" and not self.parser.in_reasoning:
+                self._remember()
             choices.append(chat_chunk_choice(index, {}, self._reason))
         if choices and self._scores is not None:
             choices[0]["logprobs"] = chat_logprobs(self._scores.take(), self._tokenizer)
@@ -122,7 +129,13 @@ class _Message:
 
     def whole(self, index: int) -> dict[str, Any]:
         scored = None if self._scores is None else chat_logprobs(self._scores.all, self._tokenizer)
-        return chat_choice(index, self._message, self._reason, scored)
+        return chat_choice(index, self._message, self._call_ids, self._reason, scored)
+
+    def _remember(self) -> None:
+        said = self._message
+        calls = tuple((i, *call) for i, call in zip(self._call_ids, said.calls or (), strict=True))
+        if self._replay is not None:
+            self._replay.remember(SampledTurn(self._text, self._thinking, said.reasoning, said.content, calls))
 
 
 class ChatCollector:
@@ -135,12 +148,13 @@ class ChatCollector:
         parser: Callable[[], OutputParser],
         params: SamplingParams,
         tokenizer: Tokenizer,
+        replay: Replay | None,
         *,
         counts_reasoning: bool,
     ):
         self.usage = Usage(len(prompt), reasoning=0 if counts_reasoning else None)
         scored = params.logprobs is not None
-        self._choices = [_Message(parser(), tokenizer, scored=scored) for _ in range(params.n)]
+        self._choices = [_Message(parser(), tokenizer, replay, scored=scored) for _ in range(params.n)]
 
     def opening(self) -> list[dict[str, Any]]:
         return [chat_chunk_choice(i, {"role": "assistant", "content": ""}) for i in range(len(self._choices))]

@@ -7,10 +7,10 @@ this server does not do (UNSUPPORTED), which are accepted only with the value th
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hetero_glm5.core import Grammar, RequestError, SamplingParams
 from hetero_glm5.server import fields
@@ -61,11 +61,30 @@ class Message(BaseModel):
     tool_call_id: str | None = None
 
 
-class SamplingRequest(BaseModel):
+class RequestBody(BaseModel):
+    """Fields that are `ignored` change nothing; those that are `unsupported` are accepted only with the values, besides
+    null, that ask for nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+
+class SparseBody(RequestBody):
+    """A field that is null was not sent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class SamplingRequest(RequestBody):
     """The fields that both kinds of completion share. `rid` and `request_id` are other servers' names for the request,
     by which it can be aborted; requests share cached prefixes with those of the same cache_salt."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    ignored = IGNORED
+    unsupported = UNSUPPORTED
     model: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -211,9 +230,9 @@ def parse_request(kind: type[M], body: bytes) -> M:
         raise RequestError(f"The body is no valid JSON: {error}.") from error
     if not isinstance(data, dict):
         raise RequestError("The body must be a JSON object.")
-    if issubclass(kind, SamplingRequest):
-        data = {name: value for name, value in data.items() if name not in IGNORED}
-        for name, neutral in UNSUPPORTED.items():
+    if issubclass(kind, RequestBody):
+        data = {name: value for name, value in data.items() if name not in kind.ignored}
+        for name, neutral in kind.unsupported.items():
             if name in data:
                 refuse_unless_neutral(name, data.pop(name), neutral)
     try:

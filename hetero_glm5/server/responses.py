@@ -83,14 +83,16 @@ def text_choice(index: int, text: str, finish_reason: str | None, logprobs: Any 
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def chat_choice(index: int, message: ParsedMessage, finish_reason: str, logprobs: Any = None) -> dict[str, Any]:
+def chat_choice(
+    index: int, message: ParsedMessage, call_ids: list[str], finish_reason: str, logprobs: Any = None
+) -> dict[str, Any]:
     body: dict[str, Any] = {"role": "assistant", "content": message.content or None}
     if message.reasoning:
         body["reasoning_content"] = message.reasoning
     if message.calls:
         body["tool_calls"] = [
-            {"id": new_call_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
-            for name, arguments in message.calls
+            {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for call_id, (name, arguments) in zip(call_ids, message.calls, strict=True)
         ]
     return {"index": index, "message": body, "logprobs": logprobs, "finish_reason": finish_reason}
 
@@ -101,7 +103,7 @@ def chat_chunk_choice(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def chat_delta(delta: Delta) -> dict[str, Any]:
+def chat_delta(delta: Delta, call_ids: list[str]) -> dict[str, Any]:
     """A tool call's id, type and name come once, with its first fragment; then only arguments."""
     if delta.kind == "reasoning":
         return {"reasoning_content": delta.text}
@@ -110,7 +112,8 @@ def chat_delta(delta: Delta) -> dict[str, Any]:
     if delta.kind == "arguments":
         return {"tool_calls": [{"index": delta.call, "function": {"arguments": delta.text}}]}
     function = {"name": delta.text, "arguments": ""}
-    return {"tool_calls": [{"index": delta.call, "id": new_call_id(), "type": "function", "function": function}]}
+    call_id = call_ids[delta.call]
+    return {"tool_calls": [{"index": delta.call, "id": call_id, "type": "function", "function": function}]}
 
 
 def new_call_id() -> str:

@@ -17,6 +17,7 @@ from hetero_glm5.server.errors import NotReady, UnknownModel
 from hetero_glm5.server.guard import request_id
 from hetero_glm5.server.parsers import OutputParser
 from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, SamplingRequest, parse_request
+from hetero_glm5.server.replay import Replay
 from hetero_glm5.server.responses import Answer, Kind
 from hetero_glm5.server.streaming import Collector, EventStream, Shape, collect, stream, unless_disconnected
 from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
@@ -42,6 +43,7 @@ class Service:
     ):
         self.worker, self.tokenizer, self.model, self.config, self.defaults = worker, tokenizer, model, config, defaults
         self.started = int(time.time())
+        self.replay = Replay()
 
     async def health(self) -> Response:
         worker = self.worker
@@ -90,7 +92,8 @@ class Service:
         asked = await self._asked(ChatRequest, request)
         text, prompt = await asyncio.to_thread(self.chat_prompt, asked)
         reasoning = self.config.reasoning_parser is not None and asked.separate_reasoning is not False
-        thinking = reasoning and text.rstrip().endswith("<think>")
+        opened = text.rstrip().endswith("<think>")
+        thinking = reasoning and opened
         params = asked.sampling(self.defaults, asked.grammar(thinking=thinking))
 
         def parser() -> OutputParser:
@@ -98,7 +101,8 @@ class Service:
                 thinking=thinking, reasoning=reasoning, tools=asked.offered_tools, parallel=asked.parallel
             )
 
-        collector = ChatCollector(prompt, parser, params, self.tokenizer, counts_reasoning=reasoning)
+        replay = self.replay if reasoning or not opened else None  # content that holds reasoning is rendered
+        collector = ChatCollector(prompt, parser, params, self.tokenizer, replay, counts_reasoning=reasoning)
         return await self._answer(request, asked, [prompt], params, collector)
 
     def chat_prompt(self, asked: ChatRequest) -> tuple[str, list[int]]:
@@ -106,7 +110,7 @@ class Service:
         messages, tools = asked.plain_messages, asked.offered_tools
         if tools is not None and self.config.tool_call_parser is None:
             raise RequestError("tools need a server started with --tool-call-parser glm47.", "tools")
-        text = self.tokenizer.render_chat(messages, tools, **asked.template_kwargs)
+        text = self.replay.render(self.tokenizer, messages, tools, **asked.template_kwargs)
         return text, self.encode(text)
 
     def encode(self, text: str) -> list[int]:

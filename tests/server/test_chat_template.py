@@ -47,6 +47,18 @@ def test_messages_are_normalised():
     assert isinstance(call["function"]["arguments"], str), "the caller's messages are left as they were"
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_billing_headers_are_dropped_from_system_prompts(role):
+    billing = "x-anthropic-billing-header: cc_version=2.1; cch=0a1b2;"
+    for content in (
+        f"{billing}\nBe brief.",
+        [{"type": "text", "text": f"{billing}\n"}, {"type": "text", "text": "Be brief."}],
+    ):
+        messages = [{"role": role, "content": content}, {"role": "user", "content": billing}]
+        rendered = template("{% for m in messages %}{{ m.content }}|{% endfor %}").render(messages, None, {})
+        assert rendered == f"Be brief.|{billing}|"
+
+
 @pytest.mark.parametrize("arguments", ["{", "[1]", '"text"', 5])
 def test_arguments_must_be_an_object(arguments):
     call = {"function": {"name": "f", "arguments": arguments}}
