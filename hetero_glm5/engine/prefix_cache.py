@@ -41,6 +41,11 @@ class Node:
     used: int = 0
     salt: str | None = None  # a root's
 
+    @property
+    def cut(self) -> bool:
+        """Whether it was taken out of the tree, with all below it."""
+        return self.parent is None and self.page != NO_PAGE
+
     def nearest(self, tokens: Tokens) -> tuple[Node | None, int]:
         """The child that begins most like `tokens`, and how many tokens agree. In sorted order it is a neighbour."""
         at = bisect_left(self.order, tokens)
@@ -176,6 +181,8 @@ class PrefixCache:
         while (len(nodes) + 1) * size <= seq.num_computed:
             at = len(nodes)
             above = nodes[-1] if nodes else self._root(seq.salt)
+            if above.cut:
+                return
             tokens = tuple(seq.tokens[at * size : (at + 1) * size])
             node = above.children.get(tokens)
             if node is None:
@@ -200,12 +207,10 @@ class PrefixCache:
         part = seq.num_computed - len(nodes) * self.pool.page_size
         if trust == "all" and self.enabled and 0 < part < self.pool.page_size:
             above = nodes[-1] if nodes else self._root(seq.salt)
-            tokens = tuple(seq.tokens[-part + seq.num_computed : seq.num_computed])
-            if above.nearest(tokens)[1] < part:
+            tokens = tuple(seq.tokens[seq.num_computed - part : seq.num_computed])
+            if not above.cut and above.nearest(tokens)[1] < part:
                 self._retire(self._insert(above, own.pop(0), tokens))
-        doubtful = [node.key for node in nodes[found:]] if trust == "found" else []
-        if doubtful:
-            self._cut(nodes[found])
+        doubtful = self._cut(nodes[found]) if trust == "found" and found < len(nodes) else []
         for node in reversed(nodes):
             self._drop_use(node)
         self.pool.release(own)
@@ -292,15 +297,18 @@ class PrefixCache:
         if not above.children and self._roots.get(above.salt) is above:
             del self._roots[above.salt]
 
-    def _cut(self, top: Node) -> None:
-        """Takes a node and all below it out of the tree; what has users is freed with the last of them."""
+    def _cut(self, top: Node) -> list[bytes]:
+        """Takes a node and all below it out of the tree, and returns their keys; what has users is freed with the last
+        of them."""
         if top.parent is None:  # was cut before
-            return
-        for node in reversed(_with_descendants(top)):
+            return []
+        cut = _with_descendants(top)
+        for node in reversed(cut):
             self._detach(node)
             if not node.users:
                 self._idle -= 1
                 self.pool.release([node.page])
+        return [node.key for node in cut]
 
 
 def _in_date(used: int, number: int, node: Node) -> bool:

@@ -281,7 +281,7 @@ class EngineWorker:
             events = self._engine.fail_step(
                 f"The engine failed while computing this request: {type(error).__name__}: {error}"
             )
-            if not events:  # no request can be ended for it, and the next step would be the same
+            if not events and self._failures >= MAX_FAILURES:  # no request can be ended for it, again and again
                 raise
         finally:
             self._busy_since = None
