@@ -4,12 +4,14 @@ A step of R rows takes T(R) seconds; drafting the next token of S sequences take
 drafts that were right where those before them were, S sequences with d drafts each give S·(1 + a_1 + a_1·a_2 + …)
 tokens in T(S·(1 + d)) + d·D(S) seconds. The depth with the most tokens a second is used. Each quantity is an average
 that forgets; a depth that has not been tried counts as costing nothing more than the depth below it, so that it is
-tried; and once in PROBE steps a neighbouring depth is used, so that no figure grows stale.
+tried; and once in PROBE steps a neighbouring depth is used, so that no figure grows stale (seldomer if drafting does not
+pay at all).
 """
 
 from __future__ import annotations
 
-PROBE = 32
+PROBE, PROBE_FROM_NONE = 32, 128
+RECONSIDER = 8  # steps for which a choice holds
 SHORTER, LONGER = 0.4, 0.1  # how far an average goes towards a new value
 ACCEPT_FORGET = 0.98
 PRIOR = 0.7, 4.0  # of acceptance: mean, and how many observations that is worth
@@ -38,6 +40,7 @@ class DraftDepth:
         self._right = [PRIOR[0] * PRIOR[1]] * most
         self._tried = [PRIOR[1]] * most
         self._steps = 0
+        self._chosen = -1, 0  # for how many sequences, and the depth
 
     def stepped(self, rows: int, seconds: float) -> None:
         """A step of so many rows, decoded and drafted ones, took so long."""
@@ -63,9 +66,11 @@ class DraftDepth:
         if not self.most:
             return 0
         self._steps += 1
-        best = max(range(self.most + 1), key=lambda depth: self.rate(sequences, depth))
-        if self._steps % PROBE == 0:
-            return min(best + 1, self.most) if self._steps // PROBE % 2 and best < self.most else max(best - 1, 0)
+        if self._steps % RECONSIDER == 0 or self._chosen[0] != sequences:
+            self._chosen = sequences, max(range(self.most + 1), key=lambda depth: self.rate(sequences, depth))
+        best = self._chosen[1]
+        if self._steps % (PROBE if best else PROBE_FROM_NONE) == 0:
+            return min(best + 1, self.most) if self._steps // PROBE % 2 or not best else best - 1
         return best
 
     def rate(self, sequences: int, depth: int) -> float:
