@@ -4,8 +4,8 @@ A step of R rows takes T(R) seconds; drafting the next token of S sequences take
 drafts that were right where those before them were, S sequences with d drafts each give S·(1 + a_1 + a_1·a_2 + …)
 tokens in T(S·(1 + d)) + d·D(S) seconds. The depth with the most tokens a second is used. Each quantity is an average
 that forgets; a depth that has not been tried counts as costing nothing more than the depth below it, so that it is
-tried; and once in PROBE steps a neighbouring depth is used, so that no figure grows stale (seldomer if drafting does not
-pay at all).
+tried; and once in PROBE steps a neighbouring depth is used, so that no figure grows stale (seldomer if drafting does
+not pay at all).
 """
 
 from __future__ import annotations

@@ -110,19 +110,22 @@ class Engine:
     def _follow_up(self) -> None:
         """What the latest step leaves to do once its tokens have been told: drafts, and keeping its pages."""
         computed, self._computed = self._computed, None
-        if computed is None:
-            return
-        if self.drafter is not None:
+        if self.drafter is not None and computed is not None:
             with self.clock("drafts"):
                 self.drafter.draft(computed, self.scheduler.cache.grow, self.context_length)
+        self._keep_pages()
+
+    def _keep_pages(self) -> None:
+        """Gives the page store the pages that were filled since the last time."""
         fresh = self.scheduler.cache.take_fresh()
-        if self.store is not None and fresh:
-            if self.drafter is not None:
-                self.drafter.catch_up(self.clock)
-            fresh = [node for node in fresh if node.key not in self.store]
-            contents = self.runner.read_pages([node.page for node in fresh]).numpy()
-            for node, content in zip(fresh, contents, strict=True):
-                self.store.put(node.key, content.copy())
+        if self.store is None or not fresh:
+            return
+        if self.drafter is not None:
+            self.drafter.catch_up(self.clock)
+        fresh = [node for node in fresh if node.key not in self.store]
+        contents = self.runner.read_pages([node.page for node in fresh]).numpy()
+        for node, content in zip(fresh, contents, strict=True):
+            self.store.put(node.key, content.copy())
 
     def _idle(self) -> list[TokenEvent]:
         """Nothing can be computed: if pages are being read that a sequence waits for, gives them time."""
@@ -239,10 +242,13 @@ class Engine:
 
     def close(self) -> None:
         """Pages on their way to the disk get there."""
-        if self.store is not None:
-            self.store.close()
-        self.tiers.close()
-        self.pool.close()
+        try:
+            if self.store is not None:
+                self._keep_pages()
+                self.store.close()
+        finally:
+            self.tiers.close()
+            self.pool.close()
 
     @classmethod
     def load(

@@ -75,7 +75,7 @@ def test_what_is_claimed_of_it():
     assert abs(found["sparse"]["all"]["ratio"] - 1) <= 0.03
     for method, answers in found["answers"].items():
         shares = {task: marks["right"] / marks["asked"] for task, marks in answers.items()}
-        assert shares["sums"] >= 0.95 and shares["project"] >= 0.95 and shares["chats"] >= 0.85, method
-        assert shares["recall 2048"] >= 0.7, method  # of 10
-        assert shares["tools: calls"] >= 0.3, method  # wanted are 0.95
+        assert shares["sums"] >= 0.85 and shares["project"] >= 0.95 and shares["chats"] >= 0.8, method
+        assert shares["recall 2048"] >= 0.8, method  # of 10
+        assert shares["tools: calls"] >= 0.7, method  # wanted are 0.95, and 0.95 of the sums
     assert found["drafting"]["all"]["shares"][0] >= 0.7

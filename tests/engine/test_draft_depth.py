@@ -8,7 +8,7 @@ from hetero_glm5.engine.draft_depth import DraftDepth
 
 
 def play(depth: DraftDepth, accept: float, cost, draft: float, sequences=1, steps=1500, seed=0) -> list[int]:
-    """A step of R rows takes cost(R), each draft `draft`, with noise upwards; each draft is right by chance `accept`."""
+    """A step of R rows takes cost(R), each draft `draft`, with noise upwards; a draft is right with chance `accept`."""
     rng = random.Random(seed)
     chosen = []
     for _ in range(steps):
