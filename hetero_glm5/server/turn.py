@@ -28,7 +28,7 @@ from hetero_glm5.server.streaming import EventStream, unless_disconnected
 from hetero_glm5.server.tool_grammar import json_rule, matching, named, tool_calls
 
 if TYPE_CHECKING:
-    from hetero_glm5.server.api import Service
+    from hetero_glm5.server.service import Service
     from hetero_glm5.server.worker import Generation
 
 log = logging.getLogger(__name__)
