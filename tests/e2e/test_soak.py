@@ -253,7 +253,7 @@ class Soak:
             self.rss.append(psutil.Process().memory_info().rss)
 
     def spoilt_forward(self, batch, clock) -> torch.Tensor:
-        trouble = self.rng.choices((None, "before", "after", "nan"), (300, 1, 1, 3))[0]
+        trouble = self.rng.choices((None, "before", "after", "nan"), (300, 2, 2, 6))[0]
         if trouble == "before":
             raise BrokenStep(BROKEN)
         logits = self.forward(batch, clock)
