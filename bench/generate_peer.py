@@ -66,6 +66,7 @@ def fastest(folder: str, dtype: str, device: str, prompts: list[list[int]], new:
 
 
 def _usable(model: GlmMoeDsaForCausalLM, prompts: list[list[int]], new: int) -> Iterator[tuple[float, Generate]]:
+    """What a setting raises where it does not work is the peer's own affair: it is printed and the setting left out."""
     for experts, cache in itertools.product(EXPERTS, CACHES):
         peer = Generate(model, experts, cache)
         try:

@@ -11,25 +11,19 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from hetero_glm5.core import Drawn, Grammar, RequestError, SamplingParams, TokenEvent
 from hetero_glm5.server import fields
 from hetero_glm5.server.collectors import count
 from hetero_glm5.server.constraints import FIELDS, asked_constraint
 from hetero_glm5.server.logprobs import finite
+from hetero_glm5.server.protocol import TUNED, SparseBody, Tuning
 from hetero_glm5.server.responses import Usage, event
 from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
 
 DEFAULT_TOKENS = 128  # SGLang's
-SAMPLED = (
-    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-    *("n", "stop", "stop_token_ids", "ignore_eos", "logit_bias"),
-)
-
-
-def _without_nulls(data: Any) -> Any:
-    return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+SAMPLED = (*TUNED, "n", "stop", "stop_token_ids", "ignore_eos", "logit_bias")
 
 
 def _checked_prompts(value: Any) -> Any:
@@ -37,21 +31,12 @@ def _checked_prompts(value: Any) -> Any:
     return value  # whether it is a list matters
 
 
-class NativeSampling(BaseModel):
+class NativeSampling(Tuning, SparseBody):
     """sampling_params. Special tokens stay in the text as they are: the fields about them are accepted and change
     nothing."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-    drop_nulls = model_validator(mode="before")(_without_nulls)
     max_new_tokens: int = DEFAULT_TOKENS
     min_new_tokens: int = 0
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
     n: int = 1
     stop: Annotated[Any, BeforeValidator(fields.strings)] = []
     stop_token_ids: Annotated[list[int], Field(fail_fast=True)] = []
@@ -71,9 +56,7 @@ class NativeSampling(BaseModel):
         return None if constraint is None else constraint.grammar()
 
 
-class GenerateRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    drop_nulls = model_validator(mode="before")(_without_nulls)
+class GenerateRequest(SparseBody):
     text: Annotated[Any, BeforeValidator(_checked_prompts)] = None
     input_ids: Annotated[Any, BeforeValidator(_checked_prompts)] = None
     sampling_params: NativeSampling = NativeSampling()

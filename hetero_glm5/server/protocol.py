@@ -37,10 +37,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, 
     "skip_special_tokens": (False,),
     "include_stop_str_in_output": (False,),
 }
-SAMPLED = (  # fields that are SamplingParams' own
-    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-    *("seed", "n", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "logit_bias"),
-)
 
 
 class StreamOptions(BaseModel):
@@ -75,11 +71,27 @@ class SparseBody(RequestBody):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, data: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in data.items() if value is not None}
+    def _without_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class SamplingRequest(RequestBody):
+class Tuning(RequestBody):
+    """How a token is drawn, in the names that OpenAI's and SGLang's requests share. None: as the checkpoint has it."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+
+
+TUNED = tuple(Tuning.model_fields)
+SAMPLED = (*TUNED, "seed", "n", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "logit_bias")  # SamplingParams'
+
+
+class SamplingRequest(Tuning):
     """The fields that both kinds of completion share. `rid` and `request_id` are other servers' names for the request,
     by which it can be aborted; requests share cached prefixes with those of the same cache_salt."""
 
@@ -88,13 +100,6 @@ class SamplingRequest(RequestBody):
     model: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
     logit_bias: Annotated[Any, BeforeValidator(fields.biases)] = {}
     seed: int | None = None
     n: int | None = None

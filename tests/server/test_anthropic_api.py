@@ -7,6 +7,7 @@ import time
 import anthropic
 import httpx
 import pytest
+from scripted import CALL, pieces, starter
 
 from hetero_glm5.server import streaming
 
@@ -18,26 +19,14 @@ WEATHER = {
     "description": "Weather of a city",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
 }
-PARSERS = {"reasoning_parser": "glm45", "tool_call_parser": "glm47"}
-CALL = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Köln</arg_value><arg_key>days</arg_key>"
-CALL += "<arg_value>3</arg_value></tool_call>"
-
-
-def pieces(text: str, size: int = 3):
-    return lambda prompt: [text[i : i + size] for i in range(0, len(text), size)]
 
 
 @pytest.fixture
 def client(serve, fake_engine):
     """client(text): a client of a server whose model always says `text`."""
-
-    def start(said: str, engine=None, **flags) -> anthropic.Anthropic:
-        served = serve(engine or fake_engine(pieces(said)), **{**PARSERS, **flags})
-        client = anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0, timeout=20)
-        client.served = served
-        return client
-
-    return start
+    return starter(
+        serve, fake_engine, lambda url: anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=20)
+    )
 
 
 def test_text(client, tokenizer):

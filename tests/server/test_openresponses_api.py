@@ -6,36 +6,25 @@ import threading
 import openai
 import pytest
 from pydantic import BaseModel
+from scripted import CALL, pieces, starter
 
 from hetero_glm5.server import openresponses_api, streaming
 
 ROUTE = "/v1/responses"
-PARSERS = {"reasoning_parser": "glm45", "tool_call_parser": "glm47"}
 WEATHER = {
     "type": "function",
     "name": "get_weather",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
 }
-CALL = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Köln</arg_value><arg_key>days</arg_key>"
-CALL += "<arg_value>3</arg_value></tool_call>"
 ARGUMENTS = {"city": "Köln", "days": 3}
-
-
-def pieces(text: str, size: int = 3):
-    return lambda prompt: [text[i : i + size] for i in range(0, len(text), size)]
 
 
 @pytest.fixture
 def client(serve, fake_engine):
     """client(text): a client of a server whose model always says `text`."""
-
-    def start(said: str, engine=None, **flags) -> openai.OpenAI:
-        served = serve(engine or fake_engine(pieces(said)), **{**PARSERS, **flags})
-        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=20)
-        client.served = served
-        return client
-
-    return start
+    return starter(
+        serve, fake_engine, lambda url: openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
+    )
 
 
 @pytest.fixture
