@@ -5,7 +5,8 @@ model has to find a function by its description. The reasoning does that in step
 through the tools in the prompt's order, and for each writes the number, the name that has this number, the description
 that follows the name, a few words that are always the same for such a tool, and the number again. Then it says what is
 wanted, in those words, and what followed them: the number; with the number go the name and the arguments. (What a small
-model learns last is to go from a description back to the name before it, and to compare two texts.)
+model learns last is to go from a description back to the name before it, and to compare two texts.) With thinking off
+the same words are the answer's text before the call: without them the model would have to choose unseen.
 
 A document's requests go round the tools on offer, so that few can be answered as the one before was.
 """
@@ -29,7 +30,7 @@ T = TypeVar("T")
 KIND = "tools"
 OFTEN = {"get_weather": 8, "get_time": 2, "web_search": 2, "calculate": 2}  # times as often as the other tools
 RENAMED = 0.12  # share of functions, and of arguments, whose names say nothing
-THINKING = 0.85  # share of documents and of tasks
+THINKING = 0.75  # share of documents and of tasks
 DIRECTORIES = 0.1  # share of documents that ask which tools there are
 PLAIN = 0.15  # share of requests in a description's own words
 CHAINS = (  # first tool, its field, second tool, the argument it fills, what the user says
@@ -290,12 +291,17 @@ def answer(draw: Draw, call: Call, fields: dict[str, Value]) -> str:
     return text[0].upper() + text[1:]
 
 
-def called(calls: list[Call], number: int, reasoning: str) -> Message:
+def reasoned(reasoning: str, thinking: bool, content: str = "") -> Message:
+    """The steps to a call, or to not making one, are thought or said."""
+    return assistant(content, reasoning) if thinking else assistant(f"{reasoning} {content}".strip())
+
+
+def called(calls: list[Call], number: int, reasoning: str, thinking: bool) -> Message:
     functions = [{"name": call.offer.name, "arguments": call.arguments} for call in calls]
     items = [
         {"id": f"call_{number}_{i}", "type": "function", "function": function} for i, function in enumerate(functions)
     ]
-    return assistant("", reasoning) | {"tool_calls": items}
+    return reasoned(reasoning, thinking) | {"tool_calls": items}
 
 
 def plan(calls: list[Call]) -> str:
@@ -316,7 +322,7 @@ def conversation(draw: Draw, round_: Round, link: tuple[str, ...] | None, thinki
     messages = [user(ask)]
     intro = ""
     for number, calls in enumerate(steps):
-        messages.append(called(calls, number, (intro + plan(calls)) if thinking else ""))
+        messages.append(called(calls, number, intro + plan(calls), thinking))
         if draw.chance(0.05):
             error = draw.choice(ERRORS)
             messages += answered(messages[-1], [{"error": error}] * len(calls))
@@ -381,8 +387,8 @@ def request(draw: Draw, offers: list[Offer], offered: Offer, thinking: bool) -> 
         others = [name for name in TOOLS if all(name != offered.tool.names[0] for offered in offers)]
         missing = Offer(TOOLS[draw.choice(others)], "", {}, {})
         ask, _ = _belongs(draw, lambda: single(draw, missing))
-        reasoning = f"{offers[0].listing}Wanted: {missing.purpose}. No tool does that." if thinking else ""
-        return [user(ask), assistant("Sorry, I have no tool for that.", reasoning)]
+        reasoning = f"{offers[0].listing}Wanted: {missing.purpose}. No tool does that."
+        return [user(ask), reasoned(reasoning, thinking, "Sorry, I have no tool for that.")]
     if offered.tool.both and kind < 0.4:
         return conversation(draw, _belongs(draw, lambda: parallel(draw, offered)), None, thinking)
     return conversation(draw, _belongs(draw, lambda: single(draw, offered)), None, thinking)
@@ -432,7 +438,7 @@ def tasks(draw: Draw, tokens: int) -> Iterator[Task]:
         expected: Any = [{"name": call.offer.name, "arguments": call.arguments} for call in calls]
         messages = [user(ask)]
         if draw.chance(0.2):
-            messages.append(called(calls, 0, plan(calls) if thinking else ""))
+            messages.append(called(calls, 0, plan(calls), thinking))
             results = [result(draw, call) for call in calls]
             messages += answered(messages[-1], [{key: raw for key, (raw, _) in fields.items()} for fields in results])
             expected = " ".join(answer(draw, call, fields) for call, fields in zip(calls, results, strict=True))
