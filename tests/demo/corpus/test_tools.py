@@ -75,17 +75,18 @@ def test_every_call_parses_into_what_the_tools_ask_for(split):
         for message in turns(document):
             calls = calls_of(message)
             assert all(is_valid(call["arguments"], functions[call["name"]]["parameters"]) for call in calls)
-            assert bool(calls) != bool(message.content), "a turn either calls or answers"
+            steps = message.reasoning or message.content
+            assert message.content if not calls else steps == (message.reasoning + message.content)
             assert "<" not in message.content.replace("<sop>", "")
-            if calls and message.reasoning:
-                lines = re.findall(r'#(\d) "(.+?)": ([^=]+) = (.+?) #(\d)\. ', message.reasoning)
+            if calls:
+                lines = re.findall(r'#(\d) "(.+?)": ([^=]+) = (.+?) #(\d)\. ', steps)
                 shown = [(str(i), name, f["description"]) for i, (name, f) in enumerate(functions.items(), 1)]
                 assert [line[:3] for line in lines] == shown and all(line[0] == line[4] for line in lines)
-                wanted, number, rest = re.findall(r"Wanted: (.+?) #(\d) (.+)", message.reasoning)[0]
+                wanted, number, rest = re.findall(r"Wanted: (.+?) #(\d) (.+)", steps)[0]
                 assert (number, wanted) in [(line[0], line[3]) for line in lines]
                 planned = re.findall(r'"(.+?)"', rest)
                 assert all(planned == [call["name"], *call["arguments"]] for call in calls)
-                assert message.reasoning.endswith(", twice.") == (len(calls) == 2)
+                assert steps.endswith(", twice.") == (len(calls) == 2)
             counts["calls"] += len(calls)
             counts["parallel"] += len(calls) > 1
             counts["none"] += not calls
