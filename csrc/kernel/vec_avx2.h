@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kVectors = 1;
 constexpr int kTokens = 4;  // 8 sums + 4 weights + 2 activations of 16 registers
+constexpr int kRowSums = 4;  // 8 sums + 8 operands
 constexpr int kDotTokens = 4;  // 8 accumulators + 4 weights + 2 activations; the fp32 sums wait in memory
 
 struct F32 {
@@ -126,6 +127,12 @@ inline float greatest(F32 a) {
   most = v[0];
   for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
   return most;
+}
+inline float total(F32 a) {
+  const __m256 eight = _mm256_add_ps(a.lo, a.hi);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 inline bool any_nan(F32 a) {
   return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))) != 0;

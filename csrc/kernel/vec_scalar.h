@@ -14,6 +14,7 @@ namespace {
 constexpr int kVectors = 1;     // vectors of 16 rows side by side in a register block: 1, or the tile's 2
 constexpr int kTokens = 4;      // most tokens of a block
 constexpr int kDotTokens = 4;   // the same for integer dots
+constexpr int kRowSums = 4;     // sums that kernel/rows.h holds at once
 
 struct F32 {
   float v[16];
@@ -92,6 +93,11 @@ inline float greatest(F32 a) {  // no NaN
   float most = a.v[0];
   for (int i = 1; i < 16; i++) most = a.v[i] > most ? a.v[i] : most;
   return most;
+}
+inline float total(F32 a) {  // ((a0 + a8) + (a4 + a12)) + ...: halves are added until one is left
+  for (int n = 8; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) a.v[i] += a.v[i + n];
+  return a.v[0];
 }
 inline bool any_nan(F32 a) {
   bool any = false;

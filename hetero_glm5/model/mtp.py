@@ -30,17 +30,29 @@ class MTP:
         self.eh_proj = weights(f"{prefix}eh_proj.weight")  # [hidden, 2·hidden]
         self.layer = Layer(self.config, weights, layer)
         self.norm = ops.RMSNorm(weights(f"{prefix}shared_head.norm.weight"), eps)
+        self.few = model.few
+        if self.few is not None:
+            self._few_layer = self.few.layer(self.layer)
 
     def forward(self, hidden: Tensor, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
         """m [T, hidden] from the model's hidden states [T, hidden] at the rows' positions; rows.token_ids are the
         *next* tokens t_{i+1}. Draft logits: model.logits(m)."""
+        z = self._z(hidden, rows)
+        if few := self.few and self.few.step(rows, cache):
+            stream = z.float()
+            self._few_layer(stream, few, experts)
+            return self.norm(stream).to(z.dtype)
         step = Step.of(rows, self.config)
-        y, _ = self.layer(self._z(hidden, rows), step, cache, experts, [None] * len(step.groups))
+        y, _ = self.layer(z, step, cache, experts, [None] * len(step.groups))
         return self.norm(y)
 
     def remember(self, hidden: Tensor, rows: Rows, cache: Cache) -> None:
         """Only caches the keys of rows that draft nothing: no attention, no experts. Arguments as for forward."""
-        self.layer.remember(self._z(hidden, rows), Step.of(rows, self.config), cache)
+        z = self._z(hidden, rows)
+        if few := self.few and self.few.step(rows, cache):
+            self._few_layer.remember(z.float(), few)
+        else:
+            self.layer.remember(z, Step.of(rows, self.config), cache)
 
     def _z(self, hidden: Tensor, rows: Rows) -> Tensor:
         embedded = F.embedding(rows.token_ids, self.model.embedding)
