@@ -199,13 +199,34 @@ class ProductHandle {
   void forward(py::array x, py::array y) {
     const int64_t rows = x.shape(0);
     const Floats in = float_rows("x", x, rows, w_.cols), out = float_rows("y", y, rows, w_.rows);
-    space_->run([&](HostPool& pool, Workspace&) { multiply(pool, w_, in, rows, out); });
+    space_->run([&](HostPool& pool, Workspace& space) { multiply(pool, space, w_, in, rows, out); });
   }
 
  private:
   SharedSpace space_;
   Kept kept_;
   Matrix w_;
+};
+
+class NormHandle {
+ public:
+  NormHandle(SharedSpace space, py::array weight, float eps) : space_(std::move(space)), eps_(eps), width_(weight.shape(0)) {
+    weight_ = kept_.vector("weight", weight, width_);
+  }
+  void forward(py::array x, py::array y) {
+    const int64_t rows = x.shape(0);
+    const Floats in = float_rows("x", x, rows, width_), out = float_rows("y", y, rows, width_);
+    space_->run([&](HostPool& pool, Workspace&) {
+      for (int64_t t = 0; t < rows; t++) pool.kernels.rows.rms_norm({in[t], weight_, width_, eps_, out[t]});
+    });
+  }
+
+ private:
+  SharedSpace space_;
+  Kept kept_;
+  float eps_;
+  int64_t width_;
+  const float* weight_;
 };
 
 }  // namespace
@@ -229,6 +250,9 @@ void bind_dense(py::module_& m) {
   py::class_<ProductHandle>(m, "DenseProduct")
       .def(py::init<SharedSpace, py::array>(), py::arg("workspace"), py::arg("w"))
       .def("forward", &ProductHandle::forward, py::arg("x"), py::arg("y"));
+  py::class_<NormHandle>(m, "DenseNorm")
+      .def(py::init<SharedSpace, py::array, float>(), py::arg("workspace"), py::arg("weight"), py::arg("eps"))
+      .def("forward", &NormHandle::forward, py::arg("x"), py::arg("y"));
 }
 
 }  // namespace hetero

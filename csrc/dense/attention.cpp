@@ -50,7 +50,7 @@ void Attention::forward(HostPool& pool, Workspace& space, Step& step, Floats x, 
   const Floats q_latent = projected.from(keys_width());
   for (int64_t t = 0; t < rows; t++) kernels.rows.rms_norm({q_latent[t], w_.q_norm, s_.q_lora, s_.latent_eps, q_latent[t]});
   const Floats q = space.queries.shape(rows, s_.heads * width);
-  multiply(pool, w_.q_b, q_latent, rows, q);
+  multiply(pool, space, w_.q_b, q_latent, rows, q);
   if (s_.index_heads > 0 && step.any_long()) select(pool, space, step, q_latent, q_latent.from(s_.q_lora), index);
 
   const Floats heads = space.heads.shape(rows, s_.heads * s_.v);
@@ -59,7 +59,7 @@ void Attention::forward(HostPool& pool, Workspace& space, Step& step, Floats x, 
     const int64_t row = task / parts, first = task % parts * of_part, count = std::min(of_part, s_.heads - first);
     if (count > 0) attend(kernels, space.workers[worker], step, row, first, count, q[row] + first * width, latents, heads[row] + first * s_.v);
   });
-  multiply(pool, w_.o, heads, rows, x, true);
+  multiply(pool, space, w_.o, heads, rows, x, true);
 }
 
 void Attention::remember(HostPool& pool, Workspace& space, const Step& step, Floats x, const Keys& latents, const Keys& index) const {
@@ -71,7 +71,7 @@ Floats Attention::project(HostPool& pool, Workspace& space, const Step& step, Fl
   const Floats normed = space.normed.shape(step.rows(), w_.down.cols), projected = space.projected.shape(step.rows(), w_.down.rows);
   for (int64_t t = 0; t < step.rows(); t++)
     pool.kernels.rows.rms_norm({x[t], w_.input_norm, w_.down.cols, s_.norm_eps, normed[t]});
-  multiply(pool, {w_.down.data, w_.down.bf16, rows_of_down, w_.down.cols}, normed, step.rows(), projected);
+  multiply(pool, space, {w_.down.data, w_.down.bf16, rows_of_down, w_.down.cols}, normed, step.rows(), projected);
   return projected;
 }
 
@@ -93,7 +93,7 @@ void Attention::write(const KernelTable& kernels, const Step& step, Floats proje
 void Attention::select(HostPool& pool, Workspace& space, Step& step, Floats q_latent, Floats head_weights, const Keys& index) const {
   const int64_t rows = step.rows(), most = *std::max_element(step.seen.begin(), step.seen.end());
   const Floats q = space.index_queries.shape(rows, s_.index_heads * s_.index_dim);
-  multiply(pool, w_.index_q, q_latent, rows, q);
+  multiply(pool, space, w_.index_q, q_latent, rows, q);
   const float scale = 1 / std::sqrt(static_cast<float>(s_.index_dim * s_.index_heads));
   for (int64_t t = 0; t < rows; t++)
     for (int64_t h = 0; h < s_.index_heads; h++) step.turn(t, q[t] + h * s_.index_dim);
@@ -104,7 +104,7 @@ void Attention::select(HostPool& pool, Workspace& space, Step& step, Floats q_la
     const int64_t t = task / parts, begin = task % parts * kScored, count = std::min(kScored, step.seen[t] - begin);
     if (!step.is_long(t) || count <= 0) return;
     const Floats dots = space.workers[worker].scores.shape(s_.index_heads, kScored);
-    pool.kernels.rows.dot({index.at(step.contexts[t] + begin), count, s_.index_dim, q[t], s_.index_dim, s_.index_heads,
+    pool.kernels.rows.dot({index.at(step.contexts[t] + begin), count, s_.index_dim, q[t], false, s_.index_dim, s_.index_heads,
                            dots.data, dots.stride, false});
     float* sums = scores[t] + begin;
     std::fill_n(sums, count, 0.f);
@@ -132,11 +132,11 @@ void Attention::attend(const KernelTable& kernels, WorkerRows& scratch, const St
     std::copy_n(q + s_.nope, s_.rope, absorbed[h] + s_.latent);
     step.turn(row, absorbed[h] + s_.latent);
   }
-  kernels.rows.dot({keys, seen, width, absorbed.data, width, heads, scores.data, scores.stride, false});
+  kernels.rows.dot({keys, seen, width, absorbed.data, false, width, heads, scores.data, scores.stride, false});
   for (int64_t h = 0; h < heads; h++) kernels.rows.softmax(scores[h], seen, s_.scale);
   kernels.rows.mix({keys, seen, s_.latent, scores.data, scores.stride, heads, mixed.data, mixed.stride});
   for (int64_t h = 0; h < heads; h++)
-    kernels.rows.dot({w_.w_uv.from((first + h) * s_.v), s_.v, s_.latent, mixed[h], 0, 1, out + h * s_.v, 0, false});
+    kernels.rows.dot({w_.w_uv.from((first + h) * s_.v), s_.v, s_.latent, mixed[h], false, 0, 1, out + h * s_.v, 0, false});
 }
 
 }  // namespace hetero

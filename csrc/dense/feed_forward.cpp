@@ -33,17 +33,15 @@ void FeedForward::begin(HostPool& pool, Workspace& space, Floats x, int64_t rows
   const Floats gate = space.hidden.shape(rows, 2 * padded), up = gate.from(padded), logits = space.projected.shape(rows, experts);
   const int64_t of_task = round_up(product_rows(2 * intermediate + experts, pool.threads.threads()) / 2, kTileRows);
   const int64_t mlp = ceil_div(intermediate, of_task), routing = ceil_div(experts, of_task);
+  const Inputs wide{normed.data, false, normed.stride, rows}, inputs = inputs_for(pool, space, w_.gate_up, normed, rows);
   pool.threads.for_each(routing + mlp, [&](int, int64_t task) {
-    const auto multiply = [&](const Matrix& w, int64_t row, int64_t count, Floats out) {
-      kernels.rows.dot({w.from(row), count, hidden, normed.data, normed.stride, rows, out.data, out.stride, false});
-    };
     if (task < routing) {
       const int64_t first = task * of_task;
-      return multiply(w_.router, first, std::min(of_task, experts - first), logits.from(first));
+      return wide.multiply(kernels, w_.router, first, std::min(of_task, experts - first), logits.from(first));
     }
     const int64_t first = (task - routing) * of_task, count = std::min(of_task, intermediate - first);
-    multiply(w_.gate_up, first, count, gate.from(first));
-    multiply(w_.gate_up, intermediate + first, count, up.from(first));
+    inputs.multiply(kernels, w_.gate_up, first, count, gate.from(first));
+    inputs.multiply(kernels, w_.gate_up, intermediate + first, count, up.from(first));
     for (int64_t t = 0; t < rows; t++)
       for (int64_t i = first; i < first + count; i += kTileRows)
         kernels.silu_mul({gate[t] + i, up[t] + i, 1, gate[t] + i, kTileRows});
@@ -82,13 +80,14 @@ void FeedForward::route(float* logits, int64_t* ids, float* weights) const {
 void FeedForward::end(HostPool& pool, Workspace& space, Floats x, int64_t rows, const float* routed) const {
   const int64_t hidden = w_.down.rows, padded = round_up(w_.down.cols, kTileRows);
   const Floats product = space.hidden.shape(rows, 2 * padded);
+  const Inputs inputs = inputs_for(pool, space, w_.down, product, rows);
   const int64_t of_task = product_rows(hidden, pool.threads.threads());
   pool.threads.for_each(ceil_div(hidden, of_task), [&](int, int64_t task) {
     const int64_t first = task * of_task, count = std::min(of_task, hidden - first);
     if (routed != nullptr)
       for (int64_t t = 0; t < rows; t++)
         for (int64_t i = first; i < first + count; i++) x[t][i] += routed[t * hidden + i];
-    pool.kernels.rows.dot({w_.down.from(first), count, w_.down.cols, product.data, product.stride, rows, x.data + first, x.stride, true});
+    inputs.multiply(pool.kernels, w_.down, first, count, x.from(first), true);
   });
 }
 

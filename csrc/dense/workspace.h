@@ -57,6 +57,14 @@ struct Workspace {
 
   FloatBuffer normed, projected, queries, index_queries, heads, index_scores, hidden;
   std::vector<WorkerRows> workers;
+
+  uint16_t* rounded(int64_t count) {  // room for the inputs of one product
+    rounded_.reserve(count);
+    return rounded_.data();
+  }
+
+ private:
+  ScratchBuffer<uint16_t> rounded_;
 };
 
 constexpr int64_t kProductRows = 8;  // rows of a matrix that a thread takes at least
@@ -66,12 +74,32 @@ inline int64_t product_rows(int64_t rows, int64_t threads) {
   return round_up(std::max<int64_t>(rows / (threads * 4), 1), kProductRows);
 }
 
+// Inputs [tokens][cols] in a matrix's type.
+struct Inputs {
+  const void* data;
+  bool bf16;
+  int64_t stride, tokens;
+
+  // y[t] = rows [begin, begin + count) of W times input t, or that much more if `add`.
+  void multiply(const KernelTable& kernels, const Matrix& w, int64_t begin, int64_t count, Floats y, bool add = false) const {
+    kernels.rows.dot({w.from(begin), count, w.cols, data, bf16, stride, tokens, y.data, y.stride, add});
+  }
+};
+
+inline Inputs inputs_for(HostPool& pool, Workspace& space, const Matrix& w, Floats x, int64_t tokens) {
+  if (!w.bf16) return {x.data, false, x.stride, tokens};
+  uint16_t* rounded = space.rounded(tokens * w.cols);
+  for (int64_t t = 0; t < tokens; t++) pool.kernels.rows.round(x[t], w.cols, rounded + t * w.cols);
+  return {rounded, true, w.cols, tokens};
+}
+
 // y[t] = W x[t], or that much more if `add`.
-inline void multiply(HostPool& pool, const Matrix& w, Floats x, int64_t tokens, Floats y, bool add = false) {
+inline void multiply(HostPool& pool, Workspace& space, const Matrix& w, Floats x, int64_t tokens, Floats y, bool add = false) {
+  const Inputs inputs = inputs_for(pool, space, w, x, tokens);
   const int64_t rows = product_rows(w.rows, pool.threads.threads());
   pool.threads.for_each(ceil_div(w.rows, rows), [&](int, int64_t task) {
-    const int64_t begin = task * rows, count = std::min(rows, w.rows - begin);
-    pool.kernels.rows.dot({w.from(begin), count, w.cols, x.data, x.stride, tokens, y.data + begin, y.stride, add});
+    const int64_t begin = task * rows;
+    inputs.multiply(pool.kernels, w, begin, std::min(rows, w.rows - begin), y.from(begin), add);
   });
 }
 

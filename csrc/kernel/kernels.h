@@ -49,7 +49,7 @@ struct AddRowsArgs {  // y[tokens[r]][0..cols) += weights[r] * sums[r], rows in 
   int cols;                // 1..32
 };
 
-// ---- matrices and keys as they lie in memory (kernel/rows.h); neither the other rows nor the ISA change a bit of a sum
+// ---- matrices and keys as they lie in memory (kernel/rows.h); the other rows do not change a bit of a sum
 
 struct RowMatrix {         // fp32 or bf16, row after row, or the rows that `at` names
   const void* data;
@@ -61,8 +61,9 @@ struct RowMatrix {         // fp32 or bf16, row after row, or the rows that `at`
 struct DotArgs {  // out[t][n] = w[n] . x[t], or that much more
   RowMatrix w;
   int64_t rows, cols;      // of w
-  const float* x;
-  int64_t x_stride;        // of x, in floats
+  const void* x;           // floats, or bf16 (which w is then too)
+  bool x_is_bf16;
+  int64_t x_stride;        // elements
   int64_t tokens;
   float* out;
   int64_t out_stride;
@@ -89,6 +90,7 @@ struct NormArgs {  // out = weight * x / sqrt(mean(x^2) + eps); may be in place
 
 struct RowKernels {
   void (*dot)(const DotArgs&);
+  void (*round)(const float* x, int64_t count, uint16_t* out);  // to bf16
   void (*mix)(const MixArgs&);
   void (*softmax)(float* x, int64_t count, float scale);  // of scale * x, in place; room for a multiple of kLanes
   void (*rms_norm)(const NormArgs&);

@@ -1,7 +1,8 @@
 // Kernels over matrices and cached keys as they lie in memory, row by row, for the few rows of activations that are decoded
 // on a CPU. Every sum is one chain of sixteen lanes in the order of its terms, then a fixed tree, then what is left over of
-// sixteen: neither the other rows nor the ISA change a bit of it.
+// sixteen: the other rows do not change a bit of it, nor does the ISA, but for two bf16 operands.
 #pragma once
+#include "base/bf16.h"
 #include "format/format.h"
 #include "kernel/exp.h"
 #include "kernel/kernels.h"
@@ -22,62 +23,83 @@ inline F32 load_row(const uint16_t* p) { return load_bf16(p); }
 inline float element(const float* p) { return *p; }
 inline float element(const uint16_t* p) { return bf16_to_float(*p); }
 
+// How a row of W meets a row of x: as sixteen floats, or both as bf16 pairs.
+template <class W, class X> constexpr bool kPairs = sizeof(W) == 2 && sizeof(X) == 2;
+template <bool pairs, class T> inline auto load_terms(const T* p) {
+  if constexpr (pairs) return load_pairs(p);
+  else return load_row(p);
+}
+inline F32 dot(F32 acc, F32 w, F32 x) { return fma(w, x, acc); }
+
 // R rows of the matrix times M rows of x.
-template <class T, int R, int M> inline __attribute__((always_inline)) void dot_block(const DotArgs& a, const RowsOf<T>& rows, int64_t n, int64_t m) {
-  const T* w[R];
+template <class W, class X, int R, int M>
+inline __attribute__((always_inline)) void dot_block(const DotArgs& a, const RowsOf<W>& rows, int64_t n, int64_t m) {
+  constexpr bool pairs = kPairs<W, X>;
+  constexpr int64_t step = pairs ? 2 * kLanes : kLanes;
+  const W* w[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) w[r] = rows[n + r];
-  const float* x = a.x + m * a.x_stride;
+  const X* x = static_cast<const X*>(a.x) + m * a.x_stride;
   F32 sums[R][M];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int t = 0; t < M; t++) sums[r][t] = set1(0);
-  const int64_t body = a.cols / kLanes * kLanes;
-  for (int64_t k = 0; k < body; k += kLanes) {
-    F32 xs[M];
+  const int64_t body = a.cols / step * step;
+  for (int64_t k = 0; k < body; k += step) {
+    decltype(load_terms<pairs>(x)) xs[M];
 #pragma GCC unroll 4
-    for (int t = 0; t < M; t++) xs[t] = load(x + t * a.x_stride + k);
+    for (int t = 0; t < M; t++) xs[t] = load_terms<pairs>(x + t * a.x_stride + k);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const F32 weights = load_row(w[r] + k);
+      const auto weights = load_terms<pairs>(w[r] + k);
 #pragma GCC unroll 4
-      for (int t = 0; t < M; t++) sums[r][t] = fma(weights, xs[t], sums[r][t]);
+      for (int t = 0; t < M; t++) sums[r][t] = dot(sums[r][t], weights, xs[t]);
     }
   }
   for (int t = 0; t < M; t++)
     for (int r = 0; r < R; r++) {
       float sum = total(sums[r][t]);
-      for (int64_t k = body; k < a.cols; k++) sum = __builtin_fmaf(element(w[r] + k), x[t * a.x_stride + k], sum);
+      for (int64_t k = body; k < a.cols; k++) sum = __builtin_fmaf(element(w[r] + k), element(x + t * a.x_stride + k), sum);
       float* out = a.out + (m + t) * a.out_stride + n + r;
       *out = a.add ? *out + sum : sum;
     }
 }
 
-template <class T, int M> inline void dot_tokens(const DotArgs& a, const RowsOf<T>& rows, int64_t m) {
+template <class W, class X, int M> inline void dot_tokens(const DotArgs& a, const RowsOf<W>& rows, int64_t m) {
   constexpr int kMost = kRowSums / M < 8 ? kRowSums / M : 8;
   int64_t n = 0;
-  for (; n + kMost <= a.rows; n += kMost) dot_block<T, kMost, M>(a, rows, n, m);
-  for (; n < a.rows; n++) dot_block<T, 1, M>(a, rows, n, m);
+  for (; n + kMost <= a.rows; n += kMost) dot_block<W, X, kMost, M>(a, rows, n, m);
+  for (; n < a.rows; n++) dot_block<W, X, 1, M>(a, rows, n, m);
 }
 
 // Rows of the matrix stay in the nearest cache while all rows of x pass.
-template <class T> inline void dot_typed(const DotArgs& all) {
+template <class W, class X> inline void dot_typed(const DotArgs& all) {
   constexpr int64_t kRows = 32;
+  const RowsOf<W> source = rows_of<W>(all.w);
   for (int64_t n = 0; n < all.rows; n += kRows) {
     DotArgs a = all;
-    const RowsOf<T> source = rows_of<T>(all.w);
-    const RowsOf<T> rows = source.at == nullptr ? RowsOf<T>{source[n], source.stride, nullptr}
-                                                : RowsOf<T>{source.first, source.stride, source.at + n};
+    const RowsOf<W> rows = source.at == nullptr ? RowsOf<W>{source[n], source.stride, nullptr}
+                                                : RowsOf<W>{source.first, source.stride, source.at + n};
     a.out += n, a.rows = a.rows - n < kRows ? a.rows - n : kRows;
     int64_t m = 0;
     if constexpr (kRowSums >= 16)
-      for (; m + 4 <= a.tokens; m += 4) dot_tokens<T, 4>(a, rows, m);
-    for (; m + 2 <= a.tokens; m += 2) dot_tokens<T, 2>(a, rows, m);
-    for (; m < a.tokens; m++) dot_tokens<T, 1>(a, rows, m);
+      for (; m + 4 <= a.tokens; m += 4) dot_tokens<W, X, 4>(a, rows, m);
+    for (; m + 2 <= a.tokens; m += 2) dot_tokens<W, X, 2>(a, rows, m);
+    for (; m < a.tokens; m++) dot_tokens<W, X, 1>(a, rows, m);
   }
 }
-inline void dot_rows(const DotArgs& args) { args.w.bf16 ? dot_typed<uint16_t>(args) : dot_typed<float>(args); }
+inline void dot_rows(const DotArgs& args) {
+  if (!args.w.bf16) dot_typed<float, float>(args);
+  else if (args.x_is_bf16) dot_typed<uint16_t, uint16_t>(args);
+  else dot_typed<uint16_t, float>(args);
+}
+
+inline void round_row(const float* x, int64_t count, uint16_t* out) {
+  const int64_t body = count / kLanes * kLanes;
+  for (int64_t i = 0; i < body; i += kLanes) store_bf16(out + i, load(x + i));
+  for (int64_t i = body; i < count; i++) out[i] = float_to_bf16(x[i]);
+}
 
 // C vectors of columns of M outputs.
 template <class T, int C, int M> inline __attribute__((always_inline)) void mix_block(const MixArgs& a, const RowsOf<T>& rows, int64_t column, int64_t m) {
@@ -159,7 +181,7 @@ inline void rms_norm(const NormArgs& args) {
   for (int64_t i = body; i < a.cols; i++) a.out[i] = a.x[i] * inverse * a.weight[i];
 }
 
-constexpr RowKernels kRowKernels = {&dot_rows, &mix_rows, &softmax, &rms_norm};
+constexpr RowKernels kRowKernels = {&dot_rows, &round_row, &mix_rows, &softmax, &rms_norm};
 
 }  // namespace
 }  // namespace hetero

@@ -73,10 +73,13 @@ inline __m256i half_line(const uint8_t* p) { return _mm256_load_si256(reinterpre
 inline F32 load_line(const uint8_t* line) { return {floats(half_line(line)), floats(half_line(line + 32))}; }
 inline __m256 low_bf16(__m256i d) { return floats(_mm256_slli_epi32(d, 16)); }
 inline __m256 high_bf16(__m256i d) { return floats(_mm256_and_si256(d, _mm256_set1_epi32(static_cast<int>(0xffff0000)))); }
-inline Pair load_pair(const uint8_t* line) {
-  const __m256i a = half_line(line), b = half_line(line + 32);
-  return {{low_bf16(a), low_bf16(b)}, {high_bf16(a), high_bf16(b)}};
+inline Pair split_pairs(__m256i a, __m256i b) { return {{low_bf16(a), low_bf16(b)}, {high_bf16(a), high_bf16(b)}}; }
+inline Pair load_pair(const uint8_t* line) { return split_pairs(half_line(line), half_line(line + 32)); }
+inline Pair load_pairs(const uint16_t* p) {
+  const auto half = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i); };
+  return split_pairs(half(0), half(1));
 }
+inline F32 dot(F32 acc, const Pair& a, const Pair& b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
 
 // The E4M3 byte on top of each dword: exponent and mantissa move to the float's place and the bias changes by 120; a
 // subnormal is (2^-6 + m * 2^-9) - 2^-6, exact and without denormal arithmetic; 0x7f becomes NaN.

@@ -166,6 +166,8 @@ struct Pair {
   __m512bh v;
 };
 inline Pair load_pair(const uint8_t* line) { return {(__m512bh)whole_line(line)}; }
+inline Pair load_pairs(const uint16_t* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+inline F32 dot(F32 acc, Pair a, Pair b) { return {_mm512_dpbf16_ps(acc.v, a.v, b.v)}; }
 inline F32 dot(F32 acc, Pair w, uint32_t x) {
   return {_mm512_dpbf16_ps(acc.v, w.v, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)))};
 }
@@ -200,10 +202,10 @@ struct Pair {
   F32 even, odd;
 };
 inline __m512 high_bf16(__m512i d) { return floats(_mm512_and_si512(d, _mm512_set1_epi32(static_cast<int>(0xffff0000)))); }
-inline Pair load_pair(const uint8_t* line) {
-  const __m512i d = whole_line(line);
-  return {{floats(_mm512_slli_epi32(d, 16))}, {high_bf16(d)}};
-}
+inline Pair split_pairs(__m512i d) { return {{floats(_mm512_slli_epi32(d, 16))}, {high_bf16(d)}}; }
+inline Pair load_pair(const uint8_t* line) { return split_pairs(whole_line(line)); }
+inline Pair load_pairs(const uint16_t* p) { return split_pairs(_mm512_loadu_si512(p)); }
+inline F32 dot(F32 acc, const Pair& a, const Pair& b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
 inline F32 dot(F32 acc, const Pair& w, uint32_t x) {
   return fma(w.odd, set1(as_float(x & 0xffff0000)), fma(w.even, set1(as_float(x << 16)), acc));
 }

@@ -21,6 +21,7 @@ from hetero_glm5.model.layers import Layer
 from hetero_glm5.model.moe import Experts, MoE
 from hetero_glm5.model.state import Cache, Rows
 from hetero_glm5.model_config import ModelConfig
+from hetero_glm5.ops.reference import RMSNorm
 from hetero_glm5.weights.quantize import host_array
 
 MOST_ROWS = 64  # with more, torch's products are as quick
@@ -53,19 +54,23 @@ class FewRows:
     def layer(self, layer: Layer) -> FewLayer:
         return FewLayer(self.config, self._space, layer)
 
-    def product(self, matrix: Tensor) -> Product:
-        return Product(self._space, matrix)
+    def product(self, matrix: Tensor) -> Few:
+        """W [rows, cols] fp32 or bf16: x [T, cols] → W x, fp32 [T, rows]."""
+        return Few(_C.DenseProduct(self._space, host_array("w", matrix)), len(matrix))
+
+    def norm(self, norm: RMSNorm) -> Few:
+        """x [T, width] → fp32 of the same shape."""
+        return Few(_C.DenseNorm(self._space, host_array("weight", norm.weight), norm.eps), len(norm.weight))
 
 
-class Product:
-    """y = W x, W [rows, cols] fp32 or bf16."""
+class Few:
+    """A function of rows that _C computes, with results of `width` values."""
 
-    def __init__(self, space: _C.DenseWorkspace, matrix: Tensor):
-        self._c, self.rows = _C.DenseProduct(space, host_array("w", matrix)), len(matrix)
+    def __init__(self, function: _C.DenseProduct | _C.DenseNorm, width: int):
+        self._c, self.width = function, width
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, cols] → fp32 [T, rows]."""
-        y = torch.empty(len(x), self.rows)
+        y = torch.empty(len(x), self.width)
         self._c.forward(x.float().contiguous().numpy(), y.numpy())
         return y
 

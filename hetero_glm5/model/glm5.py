@@ -24,7 +24,7 @@ class GLM5:
         self.lm_head = weights("lm_head.weight")  # [vocab, hidden]
         if few is not None:
             self._few_layers = [few.layer(layer) for layer in self.layers]
-            self._few_logits = few.product(self.lm_head)
+            self._few_norm, self._few_logits = few.norm(self.norm), few.product(self.lm_head)
 
     def forward(self, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
         """Hidden states after the final norm, [T, hidden]; writes the rows' keys to the cache."""
@@ -33,7 +33,7 @@ class GLM5:
             stream = x.float()
             for few_layer in self._few_layers:
                 few_layer(stream, few, experts)
-            return self.norm(stream).to(x.dtype)
+            return self._few_norm(stream).to(x.dtype)
         step = Step.of(rows, self.config)
         selection: Selection = [None] * len(step.groups)
         for layer in self.layers:

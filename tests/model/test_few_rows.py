@@ -11,8 +11,9 @@ from tiny_model import load_model, rows_of
 
 from hetero_glm5 import _C
 from hetero_glm5.experts.cpu_tier import HostPool
-from hetero_glm5.model.few_rows import MOST_ROWS, FewRows, Product
+from hetero_glm5.model.few_rows import MOST_ROWS, FewRows
 from hetero_glm5.model.state import Cache
+from hetero_glm5.model_config import ModelConfig
 
 T = 61  # longer than index_topk 16
 IDS = torch.tensor(random_ids(T))
@@ -123,15 +124,15 @@ def test_bf16_weights_and_keys(checkpoints, cache_type, isa):
 
 @pytest.mark.parametrize("isa", _C.isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_of_any_size(isa, dtype):
+def test_products_of_any_size(checkpoints, isa, dtype):
     generator = torch.Generator().manual_seed(3)
     pool = HostPool(2, isa)
-    space = _C.DenseWorkspace(pool.handle)
+    few = FewRows(ModelConfig.load(tiny_checkpoint(checkpoints)), pool.handle)
     for rows, cols, tokens in itertools.product((1, 9, 100), (1, 15, 16, 33, 200), (1, 2, 3, 5, 8)):
         matrix = torch.randn(rows, cols, generator=generator).to(dtype)
         x = torch.randn(tokens, cols, generator=generator)
         want = x.double() @ matrix.double().T
-        torch.testing.assert_close(Product(space, matrix)(x).double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(few.product(matrix)(x).double(), want, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
