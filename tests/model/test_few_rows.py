@@ -131,7 +131,7 @@ def test_products_of_any_size(checkpoints, isa, dtype):
     for rows, cols, tokens in itertools.product((1, 9, 100), (1, 15, 16, 33, 200), (1, 2, 3, 5, 8)):
         matrix = torch.randn(rows, cols, generator=generator).to(dtype)
         x = torch.randn(tokens, cols, generator=generator)
-        want = x.double() @ matrix.double().T
+        want = x.to(dtype).double() @ matrix.double().T
         torch.testing.assert_close(few.product(matrix)(x).double(), want, rtol=1e-5, atol=1e-5)
 
 
