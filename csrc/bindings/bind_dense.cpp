@@ -48,13 +48,13 @@ struct WorkspaceHandle {
   std::shared_ptr<PoolHandle> handle;
   std::unique_ptr<Workspace> space;
 
-  // Calls work(pool, workspace) without the GIL.
+  // Calls work(workspace) without the GIL.
   template <class Work> void run(Work work) {
     const std::shared_ptr<HostPool> pool = handle->get();
     if (space == nullptr) space = std::make_unique<Workspace>(*pool);
     py::gil_scoped_release release;
     std::lock_guard turn(pool->turn);
-    work(*pool, *space);
+    work(*space);
   }
 };
 using SharedSpace = std::shared_ptr<WorkspaceHandle>;
@@ -77,7 +77,8 @@ StepHandle make_step(const py::array& positions, const py::array& slots, const s
     check_array<int64_t>("context", context, {-1});
     row += count;
     CHECK(count > 0 && row <= rows, "the runs have ", row, " rows, more than the step's ", rows);
-    CHECK(first[row - 1] < context.shape(0), "position ", first[row - 1], " is not among the ", context.shape(0), " of its context");
+    const int64_t last = first[row - 1], known = context.shape(0);
+    CHECK(last < known, "position ", last, " is not among the ", known, " of its context");
     contexts.push_back(context);
     read.push_back({count, static_cast<const int64_t*>(context.data())});
   }
@@ -94,8 +95,8 @@ class AttentionHandle {
     const auto matrix = [&](const char* name, int64_t rows, int64_t cols) { return kept_.matrix(name, array(name), rows, cols); };
     const auto vector = [&](const char* name, int64_t count) { return kept_.vector(name, array(name), count); };
     hidden_ = size("hidden");
-    shape_ = {size("heads"), size("nope"), size("rope"), size("v"), size("latent"), size("q_lora"), size("index_heads"), size("index_dim"),
-              number("norm_eps"), number("latent_eps"), number("index_eps"), number("scale")};
+    shape_ = {size("heads"), size("nope"), size("rope"), size("v"), size("latent"), size("q_lora"), size("index_heads"),
+              size("index_dim"), number("norm_eps"), number("latent_eps"), number("index_eps"), number("scale")};
     const AttentionShape& s = shape_;
     const int64_t index_heads = s.index_heads, keys = s.latent + s.rope + s.index_dim;
     AttentionWeights w{};
@@ -111,30 +112,23 @@ class AttentionHandle {
     attention_ = std::make_unique<Attention>(s, w);
   }
 
-  void forward(StepHandle& step, py::array x, py::array latents, std::optional<py::array> index) {
-    const Call call = checked(step.step, x, latents, index);
-    space_->run([&](HostPool& pool, Workspace& space) { attention_->forward(pool, space, step.step, call.x, call.latents, call.index); });
-  }
-  void remember(StepHandle& step, py::array x, py::array latents, std::optional<py::array> index) {
-    const Call call = checked(step.step, x, latents, index);
-    space_->run([&](HostPool& pool, Workspace& space) { attention_->remember(pool, space, step.step, call.x, call.latents, call.index); });
-  }
-
- private:
-  struct Call {
-    Floats x;
-    Keys latents, index;
-  };
-  Call checked(const Step& step, py::array& x, py::array& latents, std::optional<py::array>& index) const {
+  template <void (Attention::*work)(const AttentionCall&) const>
+  void run(StepHandle& handle, py::array x, py::array latents, std::optional<py::array> index) {
+    Step& step = handle.step;
     CHECK(step.rope == shape_.rope, "the step turns ", step.rope, " values, the layer ", shape_.rope);
     CHECK(index.has_value() == (shape_.index_heads > 0), "an indexer's keys go with an indexer");
     const int64_t most = step.rows() ? *std::max_element(step.slots.begin(), step.slots.end()) : -1;
-    return {float_rows("x", x, step.rows(), hidden_), keys("latents", latents, shape_.latent + shape_.rope, most),
-            index ? keys("index", *index, shape_.index_dim, most) : Keys{}};
+    const Floats stream = float_rows("x", x, step.rows(), hidden_);
+    const Keys cached = keys("latents", latents, shape_.latent + shape_.rope, most);
+    const Keys of_index = index ? keys("index", *index, shape_.index_dim, most) : Keys{};
+    space_->run([&](Workspace& space) { (*attention_.*work)({space, step, stream, cached, of_index}); });
   }
+
+ private:
   static Keys keys(const char* name, py::array& a, int64_t width, int64_t slot) {
     const bool bf16 = is_bf16(name, a);
-    CHECK(a.shape(1) == width && slot < a.shape(0), name, " has shape ", shape_text(a), ", must be [more than ", slot, ", ", width, "]");
+    const bool fits = a.shape(1) == width && slot < a.shape(0);
+    CHECK(fits, name, " has shape ", shape_text(a), ", must be [more than ", slot, ", ", width, "]");
     CHECK(a.writeable(), name, " is read-only");
     return {a.mutable_data(), bf16, width};
   }
@@ -155,11 +149,12 @@ class FeedForwardHandle {
     weights_.gate_up = kept_.matrix("gate_up", gate_up, 2 * intermediate, hidden_);
     weights_.down = kept_.matrix("down", down, hidden_, intermediate);
   }
-  void set_router(py::array router, py::array bias, int64_t topk, std::pair<int64_t, int64_t> groups, bool normalise, float scale) {
+  void set_router(py::array router, py::array bias, int64_t topk, std::pair<int64_t, int64_t> groups, bool normalise,
+                  float scale) {
     const int64_t experts = bias.shape(0);
     CHECK(groups.first > 0 && experts % groups.first == 0, experts, " experts do not divide into ", groups.first, " groups");
-    CHECK(topk > 0 && topk <= experts / groups.first * groups.second, "top ", topk, " of ", experts, " experts in ", groups.second,
-          " of ", groups.first, " groups");
+    const int64_t eligible = experts / groups.first * groups.second;
+    CHECK(topk > 0 && topk <= eligible, "top ", topk, " of ", eligible, " eligible experts");
     weights_.router = kept_.matrix("router", router, experts, hidden_);
     weights_.bias = kept_.vector("bias", bias, experts);
     router_ = {topk, groups.first, groups.second, normalise, scale};
@@ -170,10 +165,11 @@ class FeedForwardHandle {
     const FeedForward layer(weights_, router_);
     CHECK(layer.routes() == (ids.has_value() && weights.has_value()), "a router's ids and weights go with a router");
     const Floats in = float_rows("x", x, rows, hidden_), out = float_rows("normed", normed, rows, hidden_);
-    if (ids) check_array<int64_t>("ids", *ids, {rows, router_.topk}), check_array<float>("weights", *weights, {rows, router_.topk});
+    if (ids) check_array<int64_t>("ids", *ids, {rows, router_.topk});
+    if (weights) check_array<float>("weights", *weights, {rows, router_.topk});
     int64_t* to_ids = ids ? writable<int64_t>("ids", *ids) : nullptr;
     float* to_weights = ids ? writable<float>("weights", *weights) : nullptr;
-    space_->run([&](HostPool& pool, Workspace& space) { layer.begin(pool, space, in, rows, out, to_ids, to_weights); });
+    space_->run([&](Workspace& space) { layer.begin(space, in, rows, out, to_ids, to_weights); });
     begun_ = rows;
   }
   void end(py::array x, std::optional<py::array> routed) {
@@ -182,7 +178,7 @@ class FeedForwardHandle {
     const Floats out = float_rows("x", x, rows, hidden_);
     if (routed) check_array<float>("routed", *routed, {rows, hidden_});
     const float* sum = routed ? static_cast<const float*>(routed->data()) : nullptr;
-    space_->run([&](HostPool& pool, Workspace& space) { FeedForward(weights_, router_).end(pool, space, out, rows, sum); });
+    space_->run([&](Workspace& space) { FeedForward(weights_, router_).end(space, out, rows, sum); });
   }
 
  private:
@@ -199,7 +195,7 @@ class ProductHandle {
   void forward(py::array x, py::array y) {
     const int64_t rows = x.shape(0);
     const Floats in = float_rows("x", x, rows, w_.cols), out = float_rows("y", y, rows, w_.rows);
-    space_->run([&](HostPool& pool, Workspace& space) { multiply(pool, space, w_, in, rows, out); });
+    space_->run([&](Workspace& space) { multiply(space, w_, in, rows, out); });
   }
 
  private:
@@ -216,8 +212,8 @@ class NormHandle {
   void forward(py::array x, py::array y) {
     const int64_t rows = x.shape(0);
     const Floats in = float_rows("x", x, rows, width_), out = float_rows("y", y, rows, width_);
-    space_->run([&](HostPool& pool, Workspace&) {
-      for (int64_t t = 0; t < rows; t++) pool.kernels.rows.rms_norm({in[t], weight_, width_, eps_, out[t]});
+    space_->run([&](Workspace& space) {
+      for (int64_t t = 0; t < rows; t++) space.kernels().rms_norm({in[t], weight_, width_, eps_, out[t]});
     });
   }
 
@@ -233,13 +229,16 @@ class NormHandle {
 
 void bind_dense(py::module_& m) {
   py::class_<WorkspaceHandle, SharedSpace>(m, "DenseWorkspace")
-      .def(py::init([](std::shared_ptr<PoolHandle> pool) { return std::make_shared<WorkspaceHandle>(std::move(pool)); }), py::arg("pool"));
+      .def(py::init([](std::shared_ptr<PoolHandle> pool) { return std::make_shared<WorkspaceHandle>(std::move(pool)); }),
+           py::arg("pool"));
   py::class_<StepHandle>(m, "DenseStep")
-      .def(py::init(&make_step), py::arg("positions"), py::arg("slots"), py::arg("runs"), py::arg("rope"), py::arg("theta"), py::arg("topk"));
-  py::class_<AttentionHandle>(m, "DenseAttention")
+      .def(py::init(&make_step), py::arg("positions"), py::arg("slots"), py::arg("runs"), py::arg("rope"), py::arg("theta"),
+           py::arg("topk"));
+  using Handle = AttentionHandle;
+  py::class_<Handle>(m, "DenseAttention")
       .def(py::init<SharedSpace, const py::dict&, const py::dict&>(), py::arg("workspace"), py::arg("sizes"), py::arg("arrays"))
-      .def("forward", &AttentionHandle::forward, py::arg("step"), py::arg("x"), py::arg("latents"), py::arg("index"))
-      .def("remember", &AttentionHandle::remember, py::arg("step"), py::arg("x"), py::arg("latents"), py::arg("index"));
+      .def("forward", &Handle::run<&Attention::forward>, py::arg("step"), py::arg("x"), py::arg("latents"), py::arg("index"))
+      .def("remember", &Handle::run<&Attention::remember>, py::arg("step"), py::arg("x"), py::arg("latents"), py::arg("index"));
   py::class_<FeedForwardHandle>(m, "DenseFeedForward")
       .def(py::init<SharedSpace, py::array, float, py::array, py::array>(), py::arg("workspace"), py::arg("norm"), py::arg("eps"),
            py::arg("gate_up"), py::arg("down"))

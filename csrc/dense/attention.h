@@ -21,22 +21,29 @@ struct AttentionWeights {
   Matrix index_q;  // [index_heads * index_dim][q_lora]
 };
 
+struct AttentionCall {
+  Workspace& space;
+  Step& step;
+  Floats x;     // [rows][hidden]
+  Keys latents, index;
+};
+
 class Attention {
  public:
   Attention(const AttentionShape& shape, const AttentionWeights& weights) : s_(shape), w_(weights) {}
 
-  // x [rows][hidden] += attention; the rows' keys are written to the caches.
-  void forward(HostPool& pool, Workspace& space, Step& step, Floats x, const Keys& latents, const Keys& index) const;
+  // x += attention; the rows' keys are written to the caches.
+  void forward(const AttentionCall& call) const;
   // Only writes the keys.
-  void remember(HostPool& pool, Workspace& space, const Step& step, Floats x, const Keys& latents, const Keys& index) const;
+  void remember(const AttentionCall& call) const;
 
  private:
   int64_t keys_width() const { return s_.latent + s_.rope + s_.index_dim; }
-  Floats project(HostPool& pool, Workspace& space, const Step& step, Floats x, int64_t rows_of_down) const;
-  void write(const KernelTable& kernels, const Step& step, Floats projected, const Keys& latents, const Keys& index) const;
-  void select(HostPool& pool, Workspace& space, Step& step, Floats q_latent, Floats head_weights, const Keys& index) const;
-  void attend(const KernelTable& kernels, WorkerRows& scratch, const Step& step, int64_t row, int64_t first, int64_t heads,
-              const float* q, const Keys& latents, float* out) const;
+  Floats project(const AttentionCall& call, int64_t rows_of_down) const;
+  void write(const AttentionCall& call, Floats projected) const;
+  void select(const AttentionCall& call, Floats q_latent, Floats head_weights) const;
+  void attend(const AttentionCall& call, WorkerRows& scratch, int64_t row, int64_t first, int64_t heads, const float* q,
+              float* out) const;
 
   const AttentionShape s_;
   const AttentionWeights w_;

@@ -24,27 +24,26 @@ void take_best(float* values, int64_t count, int64_t wanted, int64_t* places) {
 
 }  // namespace
 
-void FeedForward::begin(HostPool& pool, Workspace& space, Floats x, int64_t rows, Floats normed, int64_t* ids, float* weights) const {
-  const KernelTable& kernels = pool.kernels;
+void FeedForward::begin(Workspace& space, Floats x, int64_t rows, Floats normed, int64_t* ids, float* weights) const {
   const int64_t hidden = w_.gate_up.cols, intermediate = w_.down.cols, experts = w_.router.rows;
   const int64_t padded = round_up(intermediate, kTileRows);  // silu_mul takes whole tiles
-  for (int64_t t = 0; t < rows; t++) kernels.rows.rms_norm({x[t], w_.norm, hidden, w_.norm_eps, normed[t]});
+  for (int64_t t = 0; t < rows; t++) space.kernels().rms_norm({x[t], w_.norm, hidden, w_.norm_eps, normed[t]});
 
   const Floats gate = space.hidden.shape(rows, 2 * padded), up = gate.from(padded), logits = space.projected.shape(rows, experts);
-  const int64_t of_task = round_up(product_rows(2 * intermediate + experts, pool.threads.threads()) / 2, kTileRows);
+  const int64_t of_task = round_up(product_rows(2 * intermediate + experts, space.pool.threads.threads()) / 2, kTileRows);
   const int64_t mlp = ceil_div(intermediate, of_task), routing = ceil_div(experts, of_task);
-  const Inputs wide{normed.data, false, normed.stride, rows}, inputs = inputs_for(pool, space, w_.gate_up, normed, rows);
-  pool.threads.for_each(routing + mlp, [&](int, int64_t task) {
+  const Inputs wide{normed.data, false, normed.stride, rows}, inputs = inputs_for(space, w_.gate_up, normed, rows);
+  space.pool.threads.for_each(routing + mlp, [&](int, int64_t task) {
     if (task < routing) {
       const int64_t first = task * of_task;
-      return wide.multiply(kernels, w_.router, first, std::min(of_task, experts - first), logits.from(first));
+      return wide.multiply(space.kernels(), w_.router, first, std::min(of_task, experts - first), logits.from(first));
     }
     const int64_t first = (task - routing) * of_task, count = std::min(of_task, intermediate - first);
-    inputs.multiply(kernels, w_.gate_up, first, count, gate.from(first));
-    inputs.multiply(kernels, w_.gate_up, intermediate + first, count, up.from(first));
+    inputs.multiply(space.kernels(), w_.gate_up, first, count, gate.from(first));
+    inputs.multiply(space.kernels(), w_.gate_up, intermediate + first, count, up.from(first));
     for (int64_t t = 0; t < rows; t++)
       for (int64_t i = first; i < first + count; i += kTileRows)
-        kernels.silu_mul({gate[t] + i, up[t] + i, 1, gate[t] + i, kTileRows});
+        space.pool.kernels.silu_mul({gate[t] + i, up[t] + i, 1, gate[t] + i, kTileRows});
   });
   if (!routes()) return;
   for (int64_t t = 0; t < rows; t++) route(logits[t], ids + t * r_.topk, weights + t * r_.topk);
@@ -77,17 +76,17 @@ void FeedForward::route(float* logits, int64_t* ids, float* weights) const {
   for (int64_t k = 0; k < r_.topk; k++) weights[k] *= factor;
 }
 
-void FeedForward::end(HostPool& pool, Workspace& space, Floats x, int64_t rows, const float* routed) const {
+void FeedForward::end(Workspace& space, Floats x, int64_t rows, const float* routed) const {
   const int64_t hidden = w_.down.rows, padded = round_up(w_.down.cols, kTileRows);
   const Floats product = space.hidden.shape(rows, 2 * padded);
-  const Inputs inputs = inputs_for(pool, space, w_.down, product, rows);
-  const int64_t of_task = product_rows(hidden, pool.threads.threads());
-  pool.threads.for_each(ceil_div(hidden, of_task), [&](int, int64_t task) {
+  const Inputs inputs = inputs_for(space, w_.down, product, rows);
+  const int64_t of_task = product_rows(hidden, space.pool.threads.threads());
+  space.pool.threads.for_each(ceil_div(hidden, of_task), [&](int, int64_t task) {
     const int64_t first = task * of_task, count = std::min(of_task, hidden - first);
     if (routed != nullptr)
       for (int64_t t = 0; t < rows; t++)
         for (int64_t i = first; i < first + count; i++) x[t][i] += routed[t * hidden + i];
-    inputs.multiply(pool.kernels, w_.down, first, count, x.from(first), true);
+    inputs.multiply(space.kernels(), w_.down, first, count, x.from(first), true);
   });
 }
 

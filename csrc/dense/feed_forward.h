@@ -28,9 +28,9 @@ class FeedForward {
 
   // normed [rows][hidden] = RMS(x); with a router ids and weights [rows][topk], best first; and the MLP's hidden part,
   // which end() takes from the workspace.
-  void begin(HostPool& pool, Workspace& space, Floats x, int64_t rows, Floats normed, int64_t* ids, float* weights) const;
+  void begin(Workspace& space, Floats x, int64_t rows, Floats normed, int64_t* ids, float* weights) const;
   // x += MLP(RMS(x)) + routed; routed null: nothing.
-  void end(HostPool& pool, Workspace& space, Floats x, int64_t rows, const float* routed) const;
+  void end(Workspace& space, Floats x, int64_t rows, const float* routed) const;
 
  private:
   void route(float* logits, int64_t* ids, float* weights) const;

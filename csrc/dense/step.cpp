@@ -5,8 +5,8 @@
 
 namespace hetero {
 
-Step::Step(std::vector<int64_t> positions, std::vector<int64_t> slots, const std::vector<Run>& runs, int64_t rope, double theta,
-           int64_t topk)
+Step::Step(const std::vector<int64_t>& positions, std::vector<int64_t> slots, const std::vector<Run>& runs, int64_t rope,
+           double theta, int64_t topk)
     : rope(rope), topk(topk), slots(std::move(slots)), contexts(rows(), nullptr), seen(rows(), 0), rotation_(rows() * rope) {
   int64_t row = 0;
   for (const Run& run : runs)

@@ -14,7 +14,8 @@ struct Run {  // rows of one sequence, its last; `context`: the cache slots of i
 class Step {
  public:
   // positions, slots: of each row. Rows beyond the runs' (whose keys are only cached) see nothing.
-  Step(std::vector<int64_t> positions, std::vector<int64_t> slots, const std::vector<Run>& runs, int64_t rope, double theta, int64_t topk);
+  Step(const std::vector<int64_t>& positions, std::vector<int64_t> slots, const std::vector<Run>& runs, int64_t rope,
+       double theta, int64_t topk);
 
   int64_t rows() const { return static_cast<int64_t>(slots.size()); }
   bool is_long(int64_t row) const { return seen[row] > topk; }  // an indexer chooses for it

@@ -17,7 +17,9 @@ struct Matrix {  // [rows][cols]; someone else's memory
   bool bf16 = false;
   int64_t rows = 0, cols = 0;
 
-  RowMatrix from(int64_t row) const { return {static_cast<const char*>(data) + row * cols * (bf16 ? 2 : 4), bf16, cols, nullptr}; }
+  RowMatrix from(int64_t row) const {
+    return {static_cast<const char*>(data) + row * cols * (bf16 ? 2 : 4), bf16, cols, nullptr};
+  }
 };
 
 struct Keys {  // a cache: slots of `width` values
@@ -53,8 +55,10 @@ struct alignas(128) WorkerRows {  // of one attention task
 };
 
 struct Workspace {
-  explicit Workspace(HostPool& pool) : workers(pool.threads.threads()) {}
+  explicit Workspace(HostPool& pool) : pool(pool), workers(pool.threads.threads()) {}
+  const RowKernels& kernels() const { return pool.kernels.rows; }
 
+  HostPool& pool;
   FloatBuffer normed, projected, queries, index_queries, heads, index_scores, hidden;
   std::vector<WorkerRows> workers;
 
@@ -81,25 +85,25 @@ struct Inputs {
   int64_t stride, tokens;
 
   // y[t] = rows [begin, begin + count) of W times input t, or that much more if `add`.
-  void multiply(const KernelTable& kernels, const Matrix& w, int64_t begin, int64_t count, Floats y, bool add = false) const {
-    kernels.rows.dot({w.from(begin), count, w.cols, data, bf16, stride, tokens, y.data, y.stride, add});
+  void multiply(const RowKernels& kernels, const Matrix& w, int64_t begin, int64_t count, Floats y, bool add = false) const {
+    kernels.dot({w.from(begin), count, w.cols, data, bf16, stride, tokens, y.data, y.stride, add});
   }
 };
 
-inline Inputs inputs_for(HostPool& pool, Workspace& space, const Matrix& w, Floats x, int64_t tokens) {
+inline Inputs inputs_for(Workspace& space, const Matrix& w, Floats x, int64_t tokens) {
   if (!w.bf16) return {x.data, false, x.stride, tokens};
   uint16_t* rounded = space.rounded(tokens * w.cols);
-  for (int64_t t = 0; t < tokens; t++) pool.kernels.rows.round(x[t], w.cols, rounded + t * w.cols);
+  for (int64_t t = 0; t < tokens; t++) space.kernels().round(x[t], w.cols, rounded + t * w.cols);
   return {rounded, true, w.cols, tokens};
 }
 
 // y[t] = W x[t], or that much more if `add`.
-inline void multiply(HostPool& pool, Workspace& space, const Matrix& w, Floats x, int64_t tokens, Floats y, bool add = false) {
-  const Inputs inputs = inputs_for(pool, space, w, x, tokens);
-  const int64_t rows = product_rows(w.rows, pool.threads.threads());
-  pool.threads.for_each(ceil_div(w.rows, rows), [&](int, int64_t task) {
+inline void multiply(Workspace& space, const Matrix& w, Floats x, int64_t tokens, Floats y, bool add = false) {
+  const Inputs inputs = inputs_for(space, w, x, tokens);
+  const int64_t rows = product_rows(w.rows, space.pool.threads.threads());
+  space.pool.threads.for_each(ceil_div(w.rows, rows), [&](int, int64_t task) {
     const int64_t begin = task * rows;
-    inputs.multiply(pool.kernels, w, begin, std::min(rows, w.rows - begin), y.from(begin), add);
+    inputs.multiply(space.kernels(), w, begin, std::min(rows, w.rows - begin), y.from(begin), add);
   });
 }
 

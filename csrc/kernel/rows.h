@@ -102,7 +102,8 @@ inline void round_row(const float* x, int64_t count, uint16_t* out) {
 }
 
 // C vectors of columns of M outputs.
-template <class T, int C, int M> inline __attribute__((always_inline)) void mix_block(const MixArgs& a, const RowsOf<T>& rows, int64_t column, int64_t m) {
+template <class T, int C, int M>
+inline __attribute__((always_inline)) void mix_block(const MixArgs& a, const RowsOf<T>& rows, int64_t column, int64_t m) {
   F32 sums[M][C];
 #pragma GCC unroll 4
   for (int t = 0; t < M; t++)
