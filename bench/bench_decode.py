@@ -6,7 +6,8 @@ A slice from make_slice.py has GLM-5's true layer shapes, so a layer takes as lo
 step has to read at least: each weight once, each distinct routed expert once, the selected cache rows. The roof
 is probed before and after the measured steps, and the better probe counts. "python" is what the engine's clock does not
 name: a clocked step's wall time less all named parts. "step" is timed without the clock; where a GPU works beside the
-host, it takes less time than its parts together.
+host, it takes less time than its parts together. On a CPU the indexer is a part of the attention, and the router one of
+the shared expert.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ PARTS = (
     "sampling",
 )
 SCORING = ("indexer.wq_b.weight", "indexer.weights_proj.weight")  # read only when a choice is to be made
+WITHIN = {"indexer": "attention", "router": "shared_expert"}  # where a clock does not tell them apart
 WARMUP = 3
 
 
@@ -154,6 +156,9 @@ def step_bytes(engine: Engine, step: Step) -> Counter[str]:
     total["attention"] += rows * config.latent_dim * cached * config.num_hidden_layers
     total["indexer"] += sum(long) * config.index_head_dim * cached * config.indexer_types.count("full")
     total["sampling"] = len(step.contexts) * config.vocab_size * 4
+    for part, whole in WITHIN.items():
+        if part not in step.parts:
+            total[whole] += total.pop(part)
     tiers = engine.tiers
     for layer, ids in step.routing:
         on_device = tiers.slots(layer)[ids.unique()] >= 0

@@ -110,7 +110,7 @@ class FewLayer:
                 self._mlp.end(stream, None)
             return
         ids, weights = torch.empty(len(x), self._topk, dtype=torch.int64), torch.empty(len(x), self._topk)
-        with clock("router"):  # and the shared expert's larger part
+        with clock(self.part):  # the router's part too
             self._mlp.begin(stream, normed.numpy(), ids.numpy(), weights.numpy())
         routed = experts(self.number, normed.to(self._type), ids, weights, clock)()
         with clock(self.part):
