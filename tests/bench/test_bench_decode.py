@@ -25,7 +25,7 @@ def test_parts_bytes_and_shares(checkpoints):
     experts = rows["host_experts"]["bytes"] + rows["device_experts"]["bytes"]
     assert 3 * 4 * 3 * 256 * 128 * 2 <= experts <= 3 * 8 * 3 * 256 * 128 * 2 * 1.1  # 4 to 8 distinct experts a layer
     parts = sum(row["median_ms"] for name, row in rows.items() if name != "step")
-    assert 0.3 * rows["step"]["median_ms"] < parts < 3 * rows["step"]["median_ms"]
+    assert 0.1 < parts / rows["step"]["median_ms"] < 10  # steps that are timed apart, and perhaps beside other work
 
 
 def test_a_wrong_flag_is_one_sentence(tmp_path):
