@@ -54,16 +54,16 @@ class FewRows:
     def layer(self, layer: Layer) -> FewLayer:
         return FewLayer(self.config, self._space, layer)
 
-    def product(self, matrix: Tensor) -> Few:
+    def product(self, matrix: Tensor) -> RowFunction:
         """W [rows, cols] fp32 or bf16: x [T, cols] → W x, fp32 [T, rows]."""
-        return Few(_C.DenseProduct(self._space, host_array("w", matrix)), len(matrix))
+        return RowFunction(_C.DenseProduct(self._space, host_array("w", matrix)), len(matrix))
 
-    def norm(self, norm: RMSNorm) -> Few:
+    def norm(self, norm: RMSNorm) -> RowFunction:
         """x [T, width] → fp32 of the same shape."""
-        return Few(_C.DenseNorm(self._space, host_array("weight", norm.weight), norm.eps), len(norm.weight))
+        return RowFunction(_C.DenseNorm(self._space, host_array("weight", norm.weight), norm.eps), len(norm.weight))
 
 
-class Few:
+class RowFunction:
     """A function of rows that _C computes, with results of `width` values."""
 
     def __init__(self, function: _C.DenseProduct | _C.DenseNorm, width: int):
