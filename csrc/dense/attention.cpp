@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "base/bf16.h"
+#include "base/check.h"
 
 namespace hetero {
 namespace {
@@ -53,6 +54,7 @@ void Attention::forward(const AttentionCall& call) const {
   const Floats q = space.queries.shape(rows, s_.heads * width);
   multiply(space, w_.q_b, q_latent, rows, q);
   if (s_.index_heads > 0 && step.any_long()) select(call, q_latent, q_latent.from(s_.q_lora));
+  CHECK(!step.any_long() || !step.chosen.empty(), "a row sees more than ", step.topk, " positions, and no indexer has chosen");
 
   const Floats heads = space.heads.shape(rows, s_.heads * s_.v);
   const int64_t parts = std::min<int64_t>(s_.heads, ceil_div(2 * threads.threads(), rows)), of_part = ceil_div(s_.heads, parts);
@@ -95,6 +97,7 @@ void Attention::select(const AttentionCall& call, Floats q_latent, Floats head_w
   Workspace& space = call.space;
   Step& step = call.step;
   const int64_t rows = step.rows(), most = *std::max_element(step.seen.begin(), step.seen.end());
+  step.chosen.resize(rows * step.topk);
   const Floats q = space.index_queries.shape(rows, s_.index_heads * s_.index_dim);
   multiply(space, w_.index_q, q_latent, rows, q);
   for (int64_t t = 0; t < rows; t++)

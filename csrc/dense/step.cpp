@@ -15,7 +15,6 @@ Step::Step(const std::vector<int64_t>& positions, std::vector<int64_t> slots, co
       seen[row] = positions[row] + 1;
       any_long_ = any_long_ || is_long(row);
     }
-  if (any_long_) chosen.resize(rows() * topk);
   for (int64_t j = 0; j < rope; j += 2) {
     const double frequency = std::pow(theta, -static_cast<double>(j) / static_cast<double>(rope));
     for (int64_t t = 0; t < rows(); t++) {

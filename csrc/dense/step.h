@@ -30,7 +30,7 @@ class Step {
   const std::vector<int64_t> slots;
   std::vector<const int64_t*> contexts;
   std::vector<int64_t> seen;     // positions that each row sees
-  std::vector<int64_t> chosen;   // [rows][topk] slots; of long rows
+  std::vector<int64_t> chosen;   // [rows][topk] slots, of long rows; empty until an indexer chooses
 
  private:
   std::vector<float> rotation_;  // [rows][rope]: cosine and sine of each pair
