@@ -52,7 +52,7 @@ def chat(
         if not sys.stdin.isatty():
             talk.answer_once(sys.stdin.read())
             return
-        talk.console.print(f"{talk.settings['model']} at {url}. {HELP}", style="dim", highlight=False)
+        talk.note(f"{talk.settings['model']} at {url}. {HELP}")
         talk.run(_ask)
 
 
@@ -112,9 +112,9 @@ class Talk:
         elif name == "/think" and rest in ("on", "off"):
             self.thinking = rest == "on"
         else:
-            self.console.print(f"{line!r} is no command. {HELP}", style="yellow", markup=False)
+            self.note(f"{line!r} is no command. {HELP}", "yellow")
             return True
-        self.console.print("noted" if name == "/think" else "a new conversation", style="dim")
+        self.note("noted" if name == "/think" else "a new conversation")
         return True
 
     def say(self, message: dict[str, Any], ask: Callable[[str], str]) -> None:
@@ -127,17 +127,17 @@ class Talk:
             try:
                 self._stream(answer, self._show)
             except UserError as error:
-                self.console.print(f"\nerror: {error}", style="red", markup=False, highlight=False)
+                self.note(f"\nerror: {error}", "red")
                 del self.messages[before:]
                 return
             except KeyboardInterrupt:
-                self.console.print("\n(cancelled)", style="dim")
+                self.note("\n(cancelled)")
                 answer.calls = []
             if not (answer.content or answer.calls):
                 del self.messages[before:]
                 return
             self.messages.append(answer.message())
-            self.console.print(f"\n{answer.summary}", style="dim", highlight=False)
+            self.note(f"\n{answer.summary}")
             if not answer.calls:
                 return
             for call in answer.calls:
@@ -149,12 +149,12 @@ class Talk:
         if not prompt.strip():
             raise UserError("stdin is empty; it must hold the prompt.")
         self.messages.append({"role": "user", "content": prompt.removesuffix("\n")})
-        answer, aside = Answer(), Console(stderr=True)
+        answer = Answer()
         self._stream(answer, lambda kind, text, _: self.console.file.write(text) if kind == "content" else None)
         self.console.file.write("\n" * (not answer.content.endswith("\n")))
         for call in answer.calls:
             self.console.file.write(f"{call['function']['name']} {call['function']['arguments']}\n")
-        aside.print(answer.summary, style="dim", highlight=False)
+        Console(stderr=True).print(answer.summary, style="dim", highlight=False)
 
     def _stream(self, answer: Answer, show: Callable[[str, str, str], Any]) -> None:
         """Calls show(kind, text, kind of the piece before) for each piece."""
@@ -172,5 +172,8 @@ class Talk:
     def _show(self, kind: str, text: str, before: str) -> None:
         if before and kind != before:
             self.console.print()
-        style = STYLES[kind]
-        self.console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+        self.note(text, STYLES[kind], end="")
+
+    def note(self, text: str, style: str = "dim", end: str = "\n") -> None:
+        """Prints the text as it is."""
+        self.console.print(text, end=end, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ import http.client
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,14 +84,15 @@ class Answer:
 
     @property
     def summary(self) -> str:
-        """Tokens, time to the first of them, and how many a second after it."""
-        tokens = self.usage.get("completion_tokens", 0)
-        if self.first is None:
-            return f"{tokens} tokens"
-        cached = (self.usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        prompt = f"{self.usage.get('prompt_tokens', 0)} tokens of prompt, {cached} known"
-        rate = f", {(tokens - 1) / (self.last - self.first):.1f} tokens/s" if self.last > self.first else ""
-        return f"{prompt}; {tokens} tokens, the first after {self.first - self.started:.2f} s{rate}"
+        """Tokens, time to the first of them, and how many a second after it. One that was cut short has no counts."""
+        wait = f"the first after {(self.first or self.started) - self.started:.2f} s"
+        if not self.usage:
+            return wait
+        tokens, cached = self.usage["completion_tokens"], self.usage.get("prompt_tokens_details") or {}
+        prompt = f"{self.usage['prompt_tokens']} tokens of prompt, {cached.get('cached_tokens', 0)} known"
+        seconds = self.last - (self.first or self.last)
+        rate = f", {(tokens - 1) / seconds:.1f} tokens/s" if seconds > 0 else ""
+        return f"{prompt}; {tokens} tokens, {wait}{rate}"
 
 
 class Client:
@@ -112,8 +113,8 @@ class Client:
         with self._asking("GET", "/v1/models", None) as response:
             return orjson.loads(response.read())["data"][0]["id"]
 
-    def chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Of a streamed chat completion. Closing the iterator ends the request."""
+    def chunks(self, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """Of a streamed chat completion. Closing the generator ends the request."""
         stream = {"stream": True, "stream_options": {"include_usage": True}}
         with self._asking("POST", "/v1/chat/completions", body | stream) as response:
             for line in response:

@@ -96,7 +96,7 @@ def test_calls_are_put_together(scripted):
     shown = [text for c in Client(scripted.url).chunks({}) for _, text in answer.take(c)]
     assert "".join(shown) == 'f {"a": 1}\ng {}'
     called = [(c["id"], c["function"]["name"], c["function"]["arguments"]) for c in answer.message()["tool_calls"]]
-    assert called == [("id0", "f", '{"a": 1}'), ("id1", "g", "{}")] and answer.summary.startswith("0 tokens of prompt")
+    assert called == [("id0", "f", '{"a": 1}'), ("id1", "g", "{}")] and answer.summary.startswith("the first after 0.")
 
 
 def test_closing_ends_the_request(scripted):
