@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import readline
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -68,13 +69,24 @@ def _tools(path: Path) -> list[Any]:
 
 def _ask(prompt: str) -> str:
     """A line from the terminal. Ctrl-C in a line that is not empty begins another one."""
-    while True:
-        try:
-            return input(prompt)
-        except KeyboardInterrupt:
-            print()
-            if not readline.get_line_buffer():
-                raise
+    typed = ""
+
+    def interrupted(*_: Any) -> None:
+        nonlocal typed
+        typed = readline.get_line_buffer()  # empty again by the time that input() has ended
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        while True:
+            try:
+                return input(prompt)
+            except KeyboardInterrupt:
+                if not typed:
+                    raise
+                print()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Talk:
