@@ -140,10 +140,28 @@ def _with_gpu_memory(machine: Hardware, more: int) -> Hardware:
     return replace(machine, gpu_free=machine.gpu_free + more)
 
 
-def alternatives(
-    config: EngineConfig, model: ModelConfig, experts: Experts, machine: Hardware
-) -> Iterator[tuple[str, Fit]]:
-    """Other ways that fit, the least change first, each with a phrase that names it."""
+@dataclass(frozen=True)
+class Way:
+    """A way to serve the model, with a phrase that names it. pack_as: of a store that is to be made first."""
+
+    phrase: str
+    config: EngineConfig
+    experts: Experts
+    pack_as: str | None
+
+    def fit(self, model: ModelConfig, machine: Hardware) -> Fit:
+        return fit(self.config, model, self.experts, machine, self.pack_as)
+
+    def fits(self, model: ModelConfig, machine: Hardware) -> bool:
+        try:
+            self.fit(model, machine)
+        except UserError:
+            return False
+        return True
+
+
+def other_ways(config: EngineConfig, experts: Experts, gpu: bool) -> Iterator[Way]:
+    """With less and less memory: the least change first. gpu: whether the machine has one."""
     fewer = replace(
         config,
         kt_num_gpu_experts=0,
@@ -151,27 +169,17 @@ def alternatives(
         kt_enable_dynamic_expert_update=False,
         kt_gpu_prefill_token_threshold="0",
     )
-    devices = ["cuda", "cpu"] if machine.cuda and config.device != "cpu" else ["cpu"]
-    for device in devices:
-        where = ", attention on the CPU" if device == "cpu" and machine.cuda else ""
+    name = Path(config.model).absolute().name
+    for device in ("cuda", "cpu") if gpu and config.device != "cpu" else ("cpu",):
+        where = ", attention on the CPU" if device == "cpu" and gpu else ""
         here = replace(fewer, device=device)
-        tried: list[tuple[str, EngineConfig, Experts, str | None]] = [
-            ("no experts on the device" if not where else "no GPU", here, experts, None)
-        ]
-        name = Path(config.model).absolute().name
-        for mode in ("ram", "mmap"):
-            for method in PACKED if mode == "ram" else PACKED[-1:]:
-                store = replace(here, kt_weight_path=f"{name}-{method}", kt_method="auto", kt_weight_mode=mode)
-                place = ""
-                if mode == "mmap":
-                    store = replace(store, max_total_tokens=config.max_total_tokens or MAPPED_POOL)
-                    place = " in a store that stays on disk (mmap)"
-                tried.append((f"experts in {method}{place}{where}", store, experts.packed(method), method))
-        for phrase, tries, known, pack_as in tried:
-            try:
-                yield phrase, fit(tries, model, known, machine, pack_as)
-            except UserError:
-                continue
+        yield Way("no GPU" if where else "no experts on the device", here, experts, None)
+        for method in PACKED:
+            store = replace(here, kt_weight_path=f"{name}-{method}", kt_method="auto", kt_weight_mode="ram")
+            yield Way(f"experts in {method}{where}", store, experts.packed(method), method)
+        mapped = replace(store, kt_weight_mode="mmap", max_total_tokens=config.max_total_tokens or MAPPED_POOL)
+        phrase = f"experts in {method} in a store that stays on disk (mmap){where}"
+        yield Way(phrase, mapped, experts.packed(method), method)
 
 
 def routed_names(model: ModelConfig) -> list[str]:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from hetero_glm5 import hardware
-from hetero_glm5.cli.fitting import Experts, Fit, alternatives, dense_reads, fit, missing
+from hetero_glm5.cli.fitting import Experts, Fit, Way, dense_reads, fit, missing, other_ways
 from hetero_glm5.cli.rehearsal import config_data, rehearse
 from hetero_glm5.config import EngineConfig, ServerConfig
 from hetero_glm5.core import UserError
@@ -104,9 +104,9 @@ def plan(
         chosen = fit(config, architecture, experts, there)
         found["fits"] = True
     except UserError as error:
-        found |= {"fits": False, "error": str(error)}
-        found |= _remedies(config, architecture, experts, there)
-        chosen = next((other for _, other in alternatives(config, architecture, experts, there)), None)
+        asked = Way("as asked", config, experts, None)
+        remedies, chosen = _remedies(asked, architecture, there)
+        found |= {"fits": False, "error": str(error)} | remedies
     if chosen is not None:
         found |= _layout(chosen) | {"launch": _launch(chosen, server, model)}
         if rates is not None:
@@ -233,18 +233,18 @@ def _launch(chosen: Fit, server: ServerConfig, model: str) -> list[str]:
     return [shlex.join(pack), launch]
 
 
-def _remedies(config: EngineConfig, model: ModelConfig, experts: Experts, machine: Hardware) -> dict[str, Any]:
-    """What is missing, and what would fit as it is."""
-
-    def fits(other: Hardware) -> bool:
-        try:
-            fit(config, model, experts, other)
-        except UserError:
-            return False
-        return True
-
-    others = [phrase for phrase, _ in alternatives(config, model, experts, machine)]
-    return {"missing_gib": missing(machine, fits), "instead": others}
+def _remedies(asked: Way, model: ModelConfig, machine: Hardware) -> tuple[dict[str, Any], Fit | None]:
+    """What is missing, and the first other way that fits; if none does, what the last and smallest would need."""
+    short = missing(machine, lambda other: asked.fits(model, other))
+    ways = list(other_ways(asked.config, asked.experts, machine.cuda))
+    way = next((way for way in ways if way.fits(model, machine)), None)
+    found: dict[str, Any] = {"missing_gib": short, "instead": None}
+    if way is not None:
+        return found | {"instead": {"way": way.phrase, "missing_gib": {}}}, way.fit(model, machine)
+    least = missing(machine, lambda other: ways[-1].fits(model, other))
+    if least:
+        found["instead"] = {"way": ways[-1].phrase, "missing_gib": least}
+    return found, None
 
 
 def _room_note(
@@ -283,9 +283,10 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         line("fits", "yes", "green")
     else:
         line("fits", f"no. {found['error']}", "red")
-        short = " and ".join(f"{gib} GiB of {memory}" for memory, gib in found["missing_gib"].items())
-        line("missing", short or "no memory would do; the flags do not fit together")
-        line("instead", found["instead"][0] if found["instead"] else "nothing smaller fits this machine either")
+        line("missing", _amounts(found["missing_gib"]) or "no memory would do; the flags do not fit together")
+        other = found["instead"] or {"way": "nothing smaller fits this machine either", "missing_gib": {}}
+        more = _amounts(other["missing_gib"])
+        line("instead", other["way"] + (f", with {more} more than there is" if more else ""))
     if "bytes" not in found:
         return
     for text in found["report"]:
@@ -301,6 +302,10 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         line("note", note)
     for command in found["launch"]:
         line("launch", command, "cyan")
+
+
+def _amounts(gib: dict[str, int]) -> str:
+    return " and ".join(f"{amount} GiB of {memory}" for memory, amount in gib.items())
 
 
 def _with_machine_options(command: Any) -> Any:

@@ -1,9 +1,9 @@
 """Decode and prefill of a model whose weights are not there, measured: the engine runs as much of it as this needs,
 with random weights of the true shapes, and each part's time is multiplied by how often the model has that part.
 
-A model of at most WHOLE_BYTES is rehearsed whole. Of a larger one, one dense and one MoE layer with as many experts as
-a token needs: it decodes as the model does, and a prompt of T·E'/E tokens gives each of these E' experts as many tokens
-as T give to the model's E. What no part names is a step's own and is counted once.
+A model of at most WHOLE_BYTES is rehearsed whole. Of a larger one, one dense and one MoE layer with once or twice as
+many experts as a token needs: it decodes as the model does, and a prompt of T·E'/E tokens gives each of these E'
+experts as many tokens as T give to the model's E. What no part names is a step's own and is counted once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import Clock, SamplingParams, no_clock
 from hetero_glm5.demo.random_checkpoint import write_checkpoint
 from hetero_glm5.engine.engine import Engine
+from hetero_glm5.model.few_rows import MOST_ROWS
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.weights.load import dense_bytes
 from hetero_glm5.weights.quantize import ExpertLayout
 
 WHOLE_BYTES, VOCAB = 256 << 20, 4096
-PROMPT, WARMUP, STEPS = 64, 4, 24
-BY_LAYER, BY_MOE, BY_VOCAB = ("attention", "indexer"), ("router", "shared_expert"), ("lm_head", "sampling")
-ROUTED = ("host_experts", "device_experts")
+PROMPT, WARMUP, STEPS = 2 * MOST_ROWS, 4, 24  # the shortest prompt, which is not computed like a decode step
+BY_MOE, BY_VOCAB = ("router", "host_experts", "device_experts", "shared_expert"), ("lm_head", "sampling")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def _part_of(data: dict[str, Any], model: ModelConfig, layout: ExpertLayout, con
     data = data | {"num_nextn_predict_layers": 0}
     if dense_bytes(model, getattr(torch, config.dtype)) + routed <= WHOLE_BYTES:
         return data
-    experts = min(model.n_routed_experts, max(model.num_experts_per_tok, 2) * model.n_group)
+    needed = max(model.num_experts_per_tok, 2) * model.n_group
+    wanted = -(-PROMPT * model.n_routed_experts // config.chunked_prefill_size) // model.n_group * model.n_group
+    experts = min(model.n_routed_experts, max(needed, min(wanted, 2 * needed)))
     for key in ("mlp_layer_types", "indexer_types", "index_topk_pattern"):
         data.pop(key, None)
     dense = model.num_hidden_layers > len(model.moe_layers)
@@ -112,7 +114,8 @@ def _part_of(data: dict[str, Any], model: ModelConfig, layout: ExpertLayout, con
 def _counts(model: ModelConfig, cut: ModelConfig) -> dict[str, float]:
     layers, moe = model.num_hidden_layers / cut.num_hidden_layers, len(model.moe_layers) / len(cut.moe_layers)
     dense = model.num_hidden_layers - len(model.moe_layers)
-    counts = dict.fromkeys(BY_LAYER, layers) | dict.fromkeys(BY_MOE + ROUTED, moe)
+    counts = {"attention": layers} | dict.fromkeys(BY_MOE, moe)
+    counts["indexer"] = model.indexer_types.count("full") / cut.indexer_types.count("full")
     counts["dense_mlp"] = dense / max(1, cut.num_hidden_layers - len(cut.moe_layers))
     return counts | dict.fromkeys(BY_VOCAB, model.vocab_size / cut.vocab_size)
 

@@ -37,8 +37,8 @@ class Ends(NamedTuple):
     device_layer: float
 
 
-LOW = Ends(0.6, 0.4, 0.3, 0.15, 400e-6, 800e-6)
-HIGH = Ends(0.92, 0.85, 1.0, 0.6, 120e-6, 250e-6)
+LOW = Ends(0.6, 0.4, 0.3, 0.15, 200e-6, 800e-6)
+HIGH = Ends(0.92, 0.85, 1.0, 0.6, 40e-6, 250e-6)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from shapes import GLM5
 from tiny import tiny_checkpoint
 
 from hetero_glm5 import hardware
-from hetero_glm5.cli.fitting import Experts, alternatives, fit, missing
+from hetero_glm5.cli.fitting import Experts, fit, missing, other_ways
 from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import UserError
 from hetero_glm5.demo.configs import tiny_config
@@ -132,14 +132,16 @@ def test_what_is_missing_is_exactly_that():
     ],
 )
 def test_the_nearest_that_fits(here, phrase):
-    found = next(alternatives(BF16, GLM, EXPERTS, here), None)
-    assert (found and found[0]) == phrase
-    if found and "mmap" not in phrase:
-        assert found[1].pack_as == found[1].settled.kt_method == phrase.split()[2].strip(",")
-        assert not found[1].memory.needs.mapped
+    way = next((way for way in other_ways(BF16, EXPERTS, here.cuda) if way.fits(GLM, here)), None)
+    assert (way and way.phrase) == phrase
+    if way:
+        found = way.fit(GLM, here)
+        assert found.pack_as == found.settled.kt_method == phrase.split()[2].strip(",")
+        assert found.memory.needs.mapped == ("mmap" in phrase)
 
 
 def test_device_experts_are_the_first_to_go():
     config = EngineConfig(model="GLM-5", kt_num_gpu_experts=200, kt_method="INT4")
-    phrase, found = next(alternatives(config, GLM, EXPERTS, machine(800, 96)))
-    assert phrase == "no experts on the device" and found.config.kt_num_gpu_experts == 0
+    way = next(other_ways(config, EXPERTS, gpu=True))
+    assert way.phrase == "no experts on the device" and way.config.kt_num_gpu_experts == 0
+    assert way.fits(GLM, machine(800, 96))

@@ -53,7 +53,7 @@ def test_five_workstations(glm5, name):
     found = told("--model", glm5, *flags, code=0 if fits else 1)
     assert found["fits"] == fits
     if not fits:
-        assert set(found["missing_gib"]) == short and found["instead"][0] == instead
+        assert set(found["missing_gib"]) == short and found["instead"] == {"way": instead, "missing_gib": {}}
         assert "GiB" in found["error"] and all(gib > 0 for gib in found["missing_gib"].values())
     size = found["bytes"]
     assert size["dense weights"] == pytest.approx(35.86 * GIB, rel=1e-3)
@@ -67,6 +67,15 @@ def test_five_workstations(glm5, name):
     if name != "desktop":
         assert high > 0.2 * ceiling
     assert 0 < found["speed"]["prefill_tokens_per_second"][0] < found["speed"]["prefill_tokens_per_second"][1]
+
+
+def test_what_the_smallest_way_needs(glm5):
+    found = told("--model", glm5, "--ram", "24", "--ram-bandwidth", "50", "--cores", "2", code=1)
+    way = found["instead"]
+    assert way["way"] == "experts in INT4 in a store that stays on disk (mmap)" and "launch" not in found
+    output = run("--model", glm5, "--ram", 24 + way["missing_gib"]["RAM"], "--ram-bandwidth", "50", code=1)
+    assert f"instead  {way['way']}\n" in output and "launch" in output
+    assert f"{way['way']}, with " in run("--model", glm5, "--ram", "24", "--ram-bandwidth", "50", code=1)
 
 
 def test_the_formula_sums_to_the_figure(glm5):
