@@ -114,6 +114,10 @@ def plan(
             found["notes"] += _room_note(chosen, architecture, experts, there, rates)
         elif measure:
             found["speed"] = _speed(measured(chosen))
+            if chosen.memory.needs.mapped:
+                found["notes"] += [
+                    "the speed is that of experts in memory; those that are read from files take longer."
+                ]
     if json:
         typer.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2))
     else:
@@ -266,7 +270,7 @@ def _room_note(
     slow, fast = predicted(best, model, rates).decode
     return [
         f"the device has room for {low} experts of each layer (--kt-num-gpu-experts {low}) beside {CONTEXT} tokens of "
-        f"KV pool. With them decode is {slow:.3g} to {fast:.3g} tokens/s: this version unpacks them at each use."
+        f"KV pool. With these decode is {slow:.3g} to {fast:.3g} tokens/s: this version unpacks them at each use."
     ]
 
 
