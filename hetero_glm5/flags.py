@@ -62,6 +62,20 @@ def from_args(cls: type[C], args: argparse.Namespace) -> C:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def to_args(config: Flags) -> list[str]:
+    """The command line that from_args reads as `config`: the flags that are not at their default."""
+    words: list[str] = []
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, name = getattr(config, f.name), _spellings(f)[0]
+        if value == f.default:
+            continue
+        if isinstance(value, bool):
+            words.append(name if value else f"--no-{name.removeprefix('--')}")
+        else:
+            words += [name, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = ".") -> str:
     """The end of a sentence about an unknown word: the closest known one, or `otherwise`."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -4,7 +4,7 @@ import pytest
 
 from hetero_glm5.config import EngineConfig, ServerConfig
 from hetero_glm5.demo.configs import tiny_config
-from hetero_glm5.flags import ConfigError, add_flags, from_args, nearest_flag
+from hetero_glm5.flags import ConfigError, add_flags, from_args, nearest_flag, to_args
 from hetero_glm5.model_config import ModelConfig
 
 CARD = (
@@ -189,3 +189,9 @@ def test_a_prefill_threshold_of_zero_means_never(threshold, noted):
 def test_nearest_flag_names_the_closest():
     assert "did you mean --kt-cpuinfer" in nearest_flag("--kt-cpuinfr=3", ["--kt-cpuinfer", "--port"])
     assert "--help" in nearest_flag("--zzz", ["--kt-cpuinfer"])
+
+
+def test_a_config_is_told_as_the_flags_that_give_it():
+    engine, server = parse(CARD.format(method="FP8") + " --kt-numa-nodes 0 1 --no-enable-mixed-chunk")
+    assert parse(" ".join([*to_args(engine), *to_args(server)])) == (engine, server)
+    assert "--no-enable-mixed-chunk" in to_args(engine) and to_args(EngineConfig()) == []

@@ -294,7 +294,7 @@ class Engine:
         recorder = _recorder(config, model_config)
         slot_of = starting_slots(config, model_config)
         on_device = int(slot_of.max()) + 1
-        memory = sizing.plan(config, source, layout, machine, on_device)
+        memory = sizing.plan(config, model_config, layout, machine, on_device, mappable=source.mappable)
         context_length = sizing.context_length(config, model_config, memory.kv_tokens)
         for line in memory.report():
             log.info(line)

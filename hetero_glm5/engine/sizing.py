@@ -15,17 +15,24 @@ from hetero_glm5.experts.host_stream import HostStream
 from hetero_glm5.model.state import activation_bytes, cache_bytes_per_token
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.placement.memory import GIB, Limits, MemoryPlan, Needs, host_experts_fit, plan_memory
-from hetero_glm5.weights.load import ModelWeights, dense_bytes
+from hetero_glm5.weights.load import dense_bytes
 from hetero_glm5.weights.quantize import ExpertLayout
 
 log = logging.getLogger(__name__)
 
 
 def plan(
-    config: EngineConfig, source: ModelWeights, layout: ExpertLayout, machine: hardware.Hardware, on_device: int
+    config: EngineConfig,
+    model: ModelConfig,
+    layout: ExpertLayout,
+    machine: hardware.Hardware,
+    on_device: int,
+    *,
+    mappable: bool,
 ) -> MemoryPlan:
-    """Of a settled config. Raises UserError when it does not fit."""
-    model, gpu, mtp = source.config, config.device == "cuda", config.draft_depth > 0
+    """Of a settled config; `on_device` experts have slots, the others are `mappable` if they can stay in files. Raises
+    UserError when it does not fit."""
+    gpu, mtp = config.device == "cuda", config.draft_depth > 0
     needs = Needs(
         dense=dense_bytes(model, getattr(torch, config.dtype), mtp),
         expert=layout.blob_bytes,
@@ -47,8 +54,8 @@ def plan(
         nodes=tuple(machine.numa[node].ram_available for node in config.kt_numa_nodes or ()),
     )
     pool = config.max_total_tokens or config.context_length or 1
-    mappable = source.mappable and config.kt_weight_mode == "auto" and not config.moves_experts
-    if mappable and not host_experts_fit(needs, limits, tokens=pool, page=config.page_size):
+    may_map = mappable and config.kt_weight_mode == "auto" and not config.moves_experts
+    if may_map and not host_experts_fit(needs, limits, tokens=pool, page=config.page_size):
         log.info("the host experts do not fit in memory: they stay in the store's files and are read as they are used")
         needs = replace(needs, mapped=True)
     context = config.context_length or model.max_position_embeddings

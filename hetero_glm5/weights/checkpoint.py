@@ -16,6 +16,7 @@ import math
 import os
 import struct
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -174,6 +175,11 @@ class Checkpoint:
         if self.is_fp8(name):
             return "FP8"
         return "INT4" if name not in self.entries and self._int4_names(name) else ""
+
+    def common_method(self, names: Iterable[str]) -> str:
+        """FP8 or INT4 if all these weights are quantised so, else empty."""
+        methods = set(map(self.method, names))
+        return methods.pop() if len(methods) == 1 else ""
 
     def is_fp8(self, name: str) -> bool:
         return name + SCALE_SUFFIX in self.entries

@@ -87,10 +87,7 @@ class ModelWeights:
     @property
     def quantised_as(self) -> str:
         """FP8 or INT4 if the experts are a checkpoint's and all of them that, else empty."""
-        if not isinstance(self._experts, Checkpoint):
-            return ""
-        methods = set(map(self._experts.method, self._routed))
-        return methods.pop() if len(methods) == 1 else ""
+        return self._experts.common_method(self._routed) if isinstance(self._experts, Checkpoint) else ""
 
     def layout(self, method: str) -> ExpertLayout:
         """How the experts are packed, or would be as `method`."""
@@ -151,10 +148,7 @@ class ModelWeights:
 
 def dense_bytes(config: ModelConfig, dtype: torch.dtype, mtp: bool = False) -> int:
     """Bytes of everything but routed experts once loaded: `dtype`, or fp32 where the name table says so."""
-    layers = range(config.num_hidden_layers + mtp)
-    routed = {name for layer in layers for name in expert_tensors(config, layer)}
     return sum(
         torch.Size(spec.shape).numel() * (4 if spec.float32 else dtype.itemsize)
-        for name, spec in expected_tensors(config, mtp).items()
-        if name not in routed
+        for spec in expected_tensors(config, mtp, routed=False).values()
     )

@@ -59,8 +59,9 @@ def int4_tensors(name: str, shape: tuple[int, ...], scheme: Int4Scheme) -> dict[
     }
 
 
-def expected_tensors(config: ModelConfig, mtp: bool) -> dict[str, TensorSpec]:
-    """Every tensor of the model, by name; with the MTP layer's (number num_hidden_layers) if `mtp`."""
+def expected_tensors(config: ModelConfig, mtp: bool, routed: bool = True) -> dict[str, TensorSpec]:
+    """Every tensor of the model, by name; with the MTP layer's (number num_hidden_layers) if `mtp`, and with those of
+    the routed experts if `routed`."""
     hidden = config.hidden_size
     tensors = {
         "model.embed_tokens.weight": TensorSpec((config.vocab_size, hidden)),
@@ -68,7 +69,7 @@ def expected_tensors(config: ModelConfig, mtp: bool) -> dict[str, TensorSpec]:
         "lm_head.weight": TensorSpec((config.vocab_size, hidden)),
     }
     for layer in range(config.num_hidden_layers + (1 if mtp else 0)):
-        tensors |= layer_tensors(config, layer) | expert_tensors(config, layer)
+        tensors |= layer_tensors(config, layer) | (expert_tensors(config, layer) if routed else {})
     if mtp:
         prefix = layer_prefix(config.num_hidden_layers)
         tensors[f"{prefix}eh_proj.weight"] = TensorSpec((hidden, 2 * hidden))
