@@ -27,6 +27,30 @@ KNOWN: dict[type[Exception], tuple[int, str, str | None]] = {  # HTTP status, Op
     GenerationFailed: (500, "server_error", "generation_failed"),
 }
 
+ANTHROPIC = "/v1/messages"  # begins the paths of Anthropic's API
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def shaped(path: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """An error in OpenAI's shape in that of the API that `path` belongs to."""
+    return anthropic_error(status, body["error"]) if path.startswith(ANTHROPIC) else body
+
+
+def anthropic_error(status: int, error: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "error",
+        "error": {"type": _ANTHROPIC_TYPES.get(status, "api_error"), "message": error["message"]},
+    }
+
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     sendable = message.encode("utf-8", "replace").decode()  # it may quote half a surrogate pair, which no JSON can hold
