@@ -145,7 +145,7 @@ RESPONSE = exactly(
     }
 )
 
-_SCORES = listed({"type": "array", "prefixItems": [maybe(NUMBER), WHOLE, maybe(TEXT)], "minItems": 3, "maxItems": 3})
+_SCORES = listed({**listed({"type": ["number", "string", "null"]}, 3), "maxItems": 3})  # [value, token id, text]
 _GENERATED = exactly(
     {
         "text": TEXT,
