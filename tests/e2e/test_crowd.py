@@ -8,6 +8,7 @@ from random import Random
 
 import httpx
 import pytest
+from oracle import LATENT_EPS
 from processes import IN_FP32, Process
 from tiny import tiny_checkpoint
 
@@ -18,6 +19,7 @@ AT_ONCE = 40  # clients that may leave together
 @pytest.fixture(scope="module")
 def url(checkpoints):
     flags = "--max-running-requests 32 --max-queued-requests 1000 --max-total-tokens 8192 --chunked-prefill-size 256"
+    flags += f" --latent-norm-eps {LATENT_EPS}"
     server = Process("--model", tiny_checkpoint(checkpoints), *flags.split(), *IN_FP32.split())
     yield server.url
     server.kill()
