@@ -29,7 +29,15 @@ LAYERS = (
     ("ops", "_C"),
     GROUND,
 )
-CPP_LAYERS = (("bindings",), ("moe",), ("kernel",), ("cpu",), ("format",), ("base",))  # kernel asks cpu for features
+CPP_LAYERS = (
+    ("bindings",),
+    ("dense",),
+    ("moe",),
+    ("kernel",),
+    ("cpu",),
+    ("format",),
+    ("base",),
+)  # kernel asks cpu for features
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 500, 60, 6
 
 

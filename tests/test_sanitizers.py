@@ -20,7 +20,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("csrc", "experts", "weights/test_quantize.py", "weights/test_integers.py")
+SUITES = ("csrc", "experts", "model/test_few_rows.py", "weights/test_quantize.py", "weights/test_integers.py")
 # A limit on address space leaves no room for a sanitizer's own memory, and its malloc is not the one a test counts; the
 # others take minutes and add nothing.
 CHOSEN = (

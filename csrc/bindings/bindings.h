@@ -20,6 +20,7 @@ namespace py = pybind11;
 void bind_cpu(py::module_& m);
 void bind_weights(py::module_& m);
 void bind_moe(py::module_& m);
+void bind_dense(py::module_& m);
 void bind_probe(py::module_& m);
 void bind_testing(py::module_& m);
 void bind_planted(py::module_& m);  // in builds with a sanitizer

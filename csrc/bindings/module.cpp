@@ -5,6 +5,7 @@ PYBIND11_MODULE(_C, m) {
   hetero::bind_cpu(m);
   hetero::bind_weights(m);
   hetero::bind_moe(m);
+  hetero::bind_dense(m);
   hetero::bind_probe(m);
   hetero::bind_testing(m);
 #ifdef HETERO_PLANTED_BUGS

@@ -49,6 +49,53 @@ struct AddRowsArgs {  // y[tokens[r]][0..cols) += weights[r] * sums[r], rows in 
   int cols;                // 1..32
 };
 
+// ---- matrices and keys as they lie in memory (kernel/rows.h); the other rows do not change a bit of a sum
+
+struct RowMatrix {         // fp32 or bf16, row after row, or the rows that `at` names
+  const void* data;
+  bool bf16;
+  int64_t stride;          // elements
+  const int64_t* at;       // null: rows 0, 1, ...
+};
+
+struct DotArgs {  // out[t][n] = w[n] . x[t], or that much more
+  RowMatrix w;
+  int64_t rows, cols;      // of w
+  const void* x;           // floats, or bf16 (which w is then too)
+  bool x_is_bf16;
+  int64_t x_stride;        // elements
+  int64_t tokens;
+  float* out;
+  int64_t out_stride;
+  bool add;
+};
+
+struct MixArgs {  // out[m] = sum over s of weights[m][s] w[s]
+  RowMatrix w;
+  int64_t rows, cols;
+  const float* weights;
+  int64_t weights_stride;
+  int64_t outputs;
+  float* out;
+  int64_t out_stride;
+};
+
+struct NormArgs {  // out = weight * x / sqrt(mean(x^2) + eps); may be in place
+  const float* x;
+  const float* weight;
+  int64_t cols;
+  float eps;
+  float* out;
+};
+
+struct RowKernels {
+  void (*dot)(const DotArgs&);
+  void (*round)(const float* x, int64_t count, uint16_t* out);  // to bf16
+  void (*mix)(const MixArgs&);
+  void (*softmax)(float* x, int64_t count, float scale);  // of scale * x, in place; room for a multiple of kLanes
+  void (*rms_norm)(const NormArgs&);
+};
+
 struct FormatKernels {
   void (*pack)(const PackArgs&);
   void (*gemm)(const GemmArgs&);
@@ -61,6 +108,7 @@ struct KernelTable {
   FormatKernels formats[kFormats];
   void (*silu_mul)(const SiluMulArgs&);
   void (*add_rows)(const AddRowsArgs&);
+  RowKernels rows;
 };
 
 }  // namespace hetero

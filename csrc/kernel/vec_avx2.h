@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kVectors = 1;
 constexpr int kTokens = 4;  // 8 sums + 4 weights + 2 activations of 16 registers
+constexpr int kRowSums = 4;  // 8 sums + 8 operands
 constexpr int kDotTokens = 4;  // 8 accumulators + 4 weights + 2 activations; the fp32 sums wait in memory
 
 struct F32 {
@@ -72,10 +73,13 @@ inline __m256i half_line(const uint8_t* p) { return _mm256_load_si256(reinterpre
 inline F32 load_line(const uint8_t* line) { return {floats(half_line(line)), floats(half_line(line + 32))}; }
 inline __m256 low_bf16(__m256i d) { return floats(_mm256_slli_epi32(d, 16)); }
 inline __m256 high_bf16(__m256i d) { return floats(_mm256_and_si256(d, _mm256_set1_epi32(static_cast<int>(0xffff0000)))); }
-inline Pair load_pair(const uint8_t* line) {
-  const __m256i a = half_line(line), b = half_line(line + 32);
-  return {{low_bf16(a), low_bf16(b)}, {high_bf16(a), high_bf16(b)}};
+inline Pair split_pairs(__m256i a, __m256i b) { return {{low_bf16(a), low_bf16(b)}, {high_bf16(a), high_bf16(b)}}; }
+inline Pair load_pair(const uint8_t* line) { return split_pairs(half_line(line), half_line(line + 32)); }
+inline Pair load_pairs(const uint16_t* p) {
+  const auto half = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i); };
+  return split_pairs(half(0), half(1));
 }
+inline F32 dot(F32 acc, const Pair& a, const Pair& b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
 
 // The E4M3 byte on top of each dword: exponent and mantissa move to the float's place and the bias changes by 120; a
 // subnormal is (2^-6 + m * 2^-9) - 2^-6, exact and without denormal arithmetic; 0x7f becomes NaN.
@@ -126,6 +130,12 @@ inline float greatest(F32 a) {
   most = v[0];
   for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
   return most;
+}
+inline float total(F32 a) {
+  const __m256 eight = _mm256_add_ps(a.lo, a.hi);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 inline bool any_nan(F32 a) {
   return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))) != 0;

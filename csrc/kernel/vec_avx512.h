@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kVectors = 2;
 constexpr int kTokens = 12;  // 2 x 12 sums + 2 weights + 1 activation of 32 registers
+constexpr int kRowSums = 16;
 constexpr int kDotTokens = 6;  // 2 x 6 accumulators and as many fp32 sums
 
 struct F32 {
@@ -70,6 +71,12 @@ inline F32 add_where_greater(F32 sum, F32 a, F32 b, F32 term) {
   return {_mm512_mask_add_ps(sum.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), sum.v, term.v)};
 }
 inline float greatest(F32 a) { return _mm512_reduce_max_ps(a.v); }
+inline float total(F32 a) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 inline bool any_nan(F32 a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 inline F32 load_fp16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 
@@ -159,6 +166,8 @@ struct Pair {
   __m512bh v;
 };
 inline Pair load_pair(const uint8_t* line) { return {(__m512bh)whole_line(line)}; }
+inline Pair load_pairs(const uint16_t* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+inline F32 dot(F32 acc, Pair a, Pair b) { return {_mm512_dpbf16_ps(acc.v, a.v, b.v)}; }
 inline F32 dot(F32 acc, Pair w, uint32_t x) {
   return {_mm512_dpbf16_ps(acc.v, w.v, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)))};
 }
@@ -193,10 +202,10 @@ struct Pair {
   F32 even, odd;
 };
 inline __m512 high_bf16(__m512i d) { return floats(_mm512_and_si512(d, _mm512_set1_epi32(static_cast<int>(0xffff0000)))); }
-inline Pair load_pair(const uint8_t* line) {
-  const __m512i d = whole_line(line);
-  return {{floats(_mm512_slli_epi32(d, 16))}, {high_bf16(d)}};
-}
+inline Pair split_pairs(__m512i d) { return {{floats(_mm512_slli_epi32(d, 16))}, {high_bf16(d)}}; }
+inline Pair load_pair(const uint8_t* line) { return split_pairs(whole_line(line)); }
+inline Pair load_pairs(const uint16_t* p) { return split_pairs(_mm512_loadu_si512(p)); }
+inline F32 dot(F32 acc, const Pair& a, const Pair& b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
 inline F32 dot(F32 acc, const Pair& w, uint32_t x) {
   return fma(w.odd, set1(as_float(x & 0xffff0000)), fma(w.even, set1(as_float(x << 16)), acc));
 }

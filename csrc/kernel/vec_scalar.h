@@ -14,6 +14,7 @@ namespace {
 constexpr int kVectors = 1;     // vectors of 16 rows side by side in a register block: 1, or the tile's 2
 constexpr int kTokens = 4;      // most tokens of a block
 constexpr int kDotTokens = 4;   // the same for integer dots
+constexpr int kRowSums = 4;     // sums that kernel/rows.h holds at once
 
 struct F32 {
   float v[16];
@@ -68,6 +69,8 @@ inline Pair load_pair(const uint8_t* line) {
   std::memcpy(h, line, 64);
   return {each([&](int i) { return bf16_to_float(h[2 * i]); }), each([&](int i) { return bf16_to_float(h[2 * i + 1]); })};
 }
+inline Pair load_pairs(const uint16_t* p) { return load_pair(reinterpret_cast<const uint8_t*>(p)); }  // at any address
+inline F32 dot(F32 acc, const Pair& a, const Pair& b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
 // E4M3 bytes in the order k0 k2 k1 k3 of each row.
 inline void load_e4m3(const uint8_t* line, Pair& first, Pair& second) {
   const auto byte = [&](int at) { return each([&](int i) { return e4m3_to_float(line[4 * i + at]); }); };
@@ -92,6 +95,11 @@ inline float greatest(F32 a) {  // no NaN
   float most = a.v[0];
   for (int i = 1; i < 16; i++) most = a.v[i] > most ? a.v[i] : most;
   return most;
+}
+inline float total(F32 a) {  // ((a0 + a8) + (a4 + a12)) + ...: halves are added until one is left
+  for (int n = 8; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) a.v[i] += a.v[i + n];
+  return a.v[0];
 }
 inline bool any_nan(F32 a) {
   bool any = false;

@@ -43,6 +43,7 @@ from hetero_glm5.experts.load import load_tiers
 from hetero_glm5.experts.recording import Recording
 from hetero_glm5.experts.tiers import ExpertTiers
 from hetero_glm5.flags import ConfigError
+from hetero_glm5.model.few_rows import FewRows
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.mtp import MTP
 from hetero_glm5.model.state import Cache, Clocked
@@ -306,7 +307,8 @@ class Engine:
         if pool.nodes:
             log.info(where_experts_live(pool, mapped=memory.needs.mapped))
         weights = source.getter(dtype, config.device)
-        model = GLM5(model_config, weights)
+        few = FewRows(model_config, pool.handle) if config.device == "cpu" else None
+        model = GLM5(model_config, weights, few)
         experts = source.experts(layout, mapped=memory.needs.mapped, on_device=on_device)
         by_layer = dict(zip(model_config.moe_layers, slot_of, strict=True))
         tiers = load_tiers(source, experts, by_layer, device=config.device, pool=pool, copies=config.moves_experts)

@@ -22,11 +22,11 @@ class HostPool:
     """
 
     def __init__(self, threads: int = 0, isa: str | None = None, nodes: Sequence[int] = ()) -> None:
-        self._c = _C.HostPool(threads, isa, list(nodes))
+        self.handle = _C.HostPool(threads, isa, list(nodes))
         self.nodes = tuple(nodes)
-        self.threads: int = self._c.threads
-        self.node_threads = tuple(len(cpus) for _, cpus in self._c.thread_groups)
-        self.isa: str = self._c.isa
+        self.threads: int = self.handle.threads
+        self.node_threads = tuple(len(cpus) for _, cpus in self.handle.thread_groups)
+        self.isa: str = self.handle.isa
         self._streams: dict[tuple[int, int], HostStream] = {}
 
     def stream(self, stream: DeviceStream) -> HostStream:
@@ -47,7 +47,7 @@ class HostPool:
             while self._streams:
                 self._streams.popitem()[1].close()
         finally:
-            self._c.close()
+            self.handle.close()
 
 
 class CpuExperts:
@@ -62,7 +62,7 @@ class CpuExperts:
     ) -> None:
         self.packed = packed
         self.pool = HostPool(threads, isa) if pool is None else pool
-        self._c = _C.MoeLayer(self.pool._c, packed.weights)
+        self._c = _C.MoeLayer(self.pool.handle, packed.weights)
 
     @property
     def isa(self) -> str:

@@ -30,18 +30,36 @@ class MTP:
         self.eh_proj = weights(f"{prefix}eh_proj.weight")  # [hidden, 2·hidden]
         self.layer = Layer(self.config, weights, layer)
         self.norm = ops.RMSNorm(weights(f"{prefix}shared_head.norm.weight"), eps)
+        self.few = model.few
+        if self.few is not None:
+            self._few_layer, self._few_norm = self.few.layer(self.layer), self.few.norm(self.norm)
+            self._few_norms = self.few.norm(self.enorm), self.few.norm(self.hnorm)
+            self._few_proj = self.few.product(self.eh_proj)
 
     def forward(self, hidden: Tensor, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
         """m [T, hidden] from the model's hidden states [T, hidden] at the rows' positions; rows.token_ids are the
         *next* tokens t_{i+1}. Draft logits: model.logits(m)."""
-        step = Step.of(rows, self.config)
-        y, _ = self.layer(self._z(hidden, rows), step, cache, experts, [None] * len(step.groups))
+        if few := self.few and self.few.step(rows, cache):
+            stream = self._few_z(hidden, rows)
+            self._few_layer(stream, few, experts)
+            return self._few_norm(stream).to(hidden.dtype)
+        z, step = self._z(hidden, rows), Step.of(rows, self.config)
+        y, _ = self.layer(z, step, cache, experts, [None] * len(step.groups))
         return self.norm(y)
 
     def remember(self, hidden: Tensor, rows: Rows, cache: Cache) -> None:
         """Only caches the keys of rows that draft nothing: no attention, no experts. Arguments as for forward."""
-        self.layer.remember(self._z(hidden, rows), Step.of(rows, self.config), cache)
+        if few := self.few and self.few.step(rows, cache):
+            self._few_layer.remember(self._few_z(hidden, rows), few)
+        else:
+            self.layer.remember(self._z(hidden, rows), Step.of(rows, self.config), cache)
 
     def _z(self, hidden: Tensor, rows: Rows) -> Tensor:
         embedded = F.embedding(rows.token_ids, self.model.embedding)
         return F.linear(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1), self.eh_proj)
+
+    def _few_z(self, hidden: Tensor, rows: Rows) -> Tensor:
+        """The same in fp32."""
+        of_token, of_state = self._few_norms
+        embedded = F.embedding(rows.token_ids, self.model.embedding)
+        return self._few_proj(torch.cat((of_token(embedded), of_state(hidden)), -1))

@@ -24,6 +24,7 @@ from hetero_glm5.demo.tokenizer import build_tokenizer
 from hetero_glm5.engine.engine import Engine
 from hetero_glm5.engine.prefix_cache import NO_PAGE, Node, PrefixCache, _in_date
 from hetero_glm5.engine.scheduler import NOT_FINITE, Counts
+from hetero_glm5.model.few_rows import MOST_ROWS
 from hetero_glm5.placement.memory import GIB
 from hetero_glm5.server.tokenizer import Tokenizer
 
@@ -33,7 +34,6 @@ END, IDS = 511, 500  # ids from IDS on have no token
 MOST_STEPS = 3000  # from asking to the end
 PROMPT, ANSWER, REMEMBERED, SAMPLES = 110, 40, 40, 50
 LATE, BROKEN = "the request's deadline has passed", "the step was made to fail"
-MOST_TIES = 1  # of SAMPLES: in fp32, chunks alone change what attention selects at 1 of 30,000 positions
 GROWTH = 8 << 20  # bytes
 
 BASE = {"max_total_tokens": 160, "page_size": 8, "latent_norm_eps": LATENT_EPS, "kt_cpuinfer": 1}
@@ -359,11 +359,12 @@ class Soak:
             self.seen[name] += getattr(counts, name)
 
     def check_answers(self) -> None:
-        """The samples' prompts, each alone on an engine that keeps and drafts nothing."""
-        engine = load(self.folder, BASE | {"disable_radix_cache": True})
+        """The samples' prompts, each alone on an engine that keeps and drafts nothing. No step has more than MOST_ROWS
+        rows, so neighbours and chunks change no bit, and near ties excuse nothing."""
+        engine = load(self.folder, BASE | {"disable_radix_cache": True, "chunked_prefill_size": MOST_ROWS})
         wrong = [ended for ended in self.samples if not is_repeated(engine, ended)]
         engine.close()
-        assert len(wrong) <= MOST_TIES, wrong
+        assert not wrong, wrong
 
 
 def is_repeated(engine: Engine, ended: Ended) -> bool:
@@ -381,10 +382,10 @@ def is_repeated(engine: Engine, ended: Ended) -> bool:
 
 
 def same(some: list[Drawn], others: list[Drawn]) -> bool:
-    """The same tokens, and about as likely ones."""
+    """The same tokens, and as likely ones."""
     pairs = zip(some, others, strict=False)
     return len(some) == len(others) and all(
-        a.token == b.token and abs((a.logprob or 0) - (b.logprob or 0)) < 1e-3 for a, b in pairs
+        a.token == b.token and abs((a.logprob or 0) - (b.logprob or 0)) < 1e-5 for a, b in pairs
     )
 
 

@@ -9,6 +9,8 @@ import torch
 from oracle import LATENT_EPS
 from torch import Tensor
 
+from hetero_glm5.experts.cpu_tier import HostPool
+from hetero_glm5.model.few_rows import FewRows
 from hetero_glm5.model.glm5 import GLM5
 from hetero_glm5.model.mtp import MTP
 from hetero_glm5.model.state import Rows, Segment
@@ -19,17 +21,18 @@ from hetero_glm5.weights.expert_source import read_expert
 from hetero_glm5.weights.load import ModelWeights
 
 
-def load_model(folder: Path):
-    """(model, its MTP layer, experts), in fp32."""
+def load_model(folder: Path, pool: HostPool | None = None, dtype: torch.dtype = torch.float32):
+    """(model, its MTP layer, experts); with a pool, few rows are computed by it."""
     config = dataclasses.replace(ModelConfig.load(folder), latent_norm_eps=LATENT_EPS)
-    weights = ModelWeights(config, str(folder), mtp=True).getter(torch.float32, "cpu")
+    weights = ModelWeights(config, str(folder), mtp=True).getter(dtype, "cpu")
     checkpoint = Checkpoint(folder)
+    few = None if pool is None else FewRows(config, pool.handle)
 
     def experts(layer, x, ids, weights, clock):
-        y = ops.experts(x, ids, weights, lambda e: read_expert(checkpoint, layer, e)[:3])
+        y = ops.experts(x, ids, weights, lambda e: [m.to(x.dtype) for m in read_expert(checkpoint, layer, e)[:3]])
         return lambda: y
 
-    model = GLM5(config, weights)
+    model = GLM5(config, weights, few)
     return model, MTP(model, weights), experts
 
 

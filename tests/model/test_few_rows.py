@@ -1,0 +1,180 @@
+"""Few rows over _C beside the same model in torch."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from oracle import random_ids
+from tiny import tiny_checkpoint
+from tiny_model import load_model, rows_of
+
+from hetero_glm5 import _C
+from hetero_glm5.experts.cpu_tier import HostPool
+from hetero_glm5.model.few_rows import MOST_ROWS, FewRows
+from hetero_glm5.model.state import Cache
+from hetero_glm5.model_config import ModelConfig
+
+T = 61  # longer than index_topk 16
+IDS = torch.tensor(random_ids(T))
+CUTS = (0, 5, 6, 30, 59, 60, T)  # a prompt in parts, then decoded tokens
+VARIANTS = {
+    "plain": {},
+    "shared selection": {"num_hidden_layers": 9, "index_topk_freq": 4, "index_skip_topk_offset": 3},
+    "groups": {"n_group": 4, "topk_group": 2},
+    "weights as they are": {"norm_topk_prob": False},
+    "nothing a multiple of 16": {"q_lora_rank": 100, "kv_lora_rank": 90, "qk_nope_head_dim": 37, "v_head_dim": 51}
+    | {"index_head_dim": 45, "qk_rope_head_dim": 22, "qk_head_dim": 59, "moe_intermediate_size": 40},
+}
+
+
+def poisoned(config, slots: int = T, dtype: str = "float32") -> Cache:
+    cache = Cache.allocate(config, slots, dtype=dtype, device="cpu", mtp=True)
+    for store in cache.stores:
+        store.rows.view(torch.uint8).fill_(255)  # NaN in every format
+    return cache
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_hidden_states_and_keys_are_torchs(checkpoints, variant, isa):
+    folder = tiny_checkpoint(checkpoints, **VARIANTS[variant])
+    model, mtp, experts = load_model(folder)
+    few, few_mtp, _ = load_model(folder, HostPool(2, isa))
+    cache, few_cache = poisoned(model.config), poisoned(model.config)
+    steps = [rows_of(IDS, (a, b, 0)) for a, b in itertools.pairwise(CUTS)]
+    whole = rows_of(IDS, (0, T, 0))
+    assert few.few.step(steps[0], few_cache)
+    want = model.forward(whole, cache, experts)
+    got = torch.cat([few.forward(rows, few_cache, experts) for rows in steps])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(few.logits(got[:MOST_ROWS]), model.logits(want[:MOST_ROWS]), rtol=1e-4, atol=2e-4)
+
+    want = mtp.forward(want, whole, cache, experts)
+    few_mtp.remember(got[: CUTS[2]], rows_of(IDS, (0, CUTS[2], 0)), few_cache)
+    got = torch.cat(
+        [
+            few_mtp.forward(got[a:b], rows_of(IDS, (a, b, 0)), few_cache, experts)
+            for a, b in itertools.pairwise(CUTS[2:])
+        ]
+    )
+    torch.testing.assert_close(got, want[CUTS[2] :], rtol=1e-4, atol=1e-4)
+    for a, b in zip(cache.stores, few_cache.stores, strict=True):
+        torch.testing.assert_close(b.rows, a.rows, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_thousands_of_positions(checkpoints):
+    folder, length = tiny_checkpoint(checkpoints), 1300
+    ids = torch.tensor(random_ids(length))
+    model, _, experts = load_model(folder)
+    few, _, _ = load_model(folder, HostPool(2))
+    cache = poisoned(model.config, length)
+    model.forward(rows_of(ids, (0, length - 3, 0)), cache, experts)
+    last = rows_of(ids, (length - 3, length, 0))
+    got = few.forward(last, cache, experts)
+    torch.testing.assert_close(got, model.forward(last, cache, experts), rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_neither_neighbours_nor_threads_nor_the_isa_change_a_bit(checkpoints):
+    folder, spans = tiny_checkpoint(checkpoints), [(40, 41, 0), (7, 8, T), (20, 29, 2 * T), (0, 3, 3 * T)]
+    results = []
+    for threads, isa in [(1, _C.isas()[0]), (3, _C.isas()[0]), *((2, isa) for isa in _C.isas())]:
+        few, _, experts = load_model(folder, HostPool(threads, isa))
+
+        def filled(few=few, experts=experts) -> Cache:
+            cache = poisoned(few.config, 4 * T)
+            for first, _, slot in spans:
+                for a in range(0, first, 10):
+                    few.forward(rows_of(IDS, (a, min(a + 10, first), slot)), cache, experts)
+            return cache
+
+        def alone(layer, x, ids, weights, clock, experts=experts):  # torch's own products depend on the batch
+            rows = zip(x.split(1), ids.split(1), weights.split(1), strict=True)
+            y = torch.cat([experts(layer, *row, clock)() for row in rows])
+            return lambda: y
+
+        together = few.forward(rows_of(IDS, *spans), filled(), alone)
+        single = torch.cat([few.forward(rows_of(IDS, span), filled(), alone) for span in spans])
+        assert together.isfinite().all() and torch.equal(together, single)
+        results.append(together)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("cache_type", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_bf16_weights_and_keys(checkpoints, cache_type, isa):
+    folder = tiny_checkpoint(checkpoints)
+    wide, _, wide_experts = load_model(folder)
+    few, _, experts = load_model(folder, HostPool(2, isa), torch.bfloat16)
+    model, _, _ = load_model(folder, dtype=torch.bfloat16)
+    steps = [rows_of(IDS, (a, b, 0)) for a, b in itertools.pairwise(CUTS)]
+    few_cache = poisoned(few.config, dtype=cache_type)
+    got = torch.cat([few.forward(rows, few_cache, experts) for rows in steps])
+    whole = rows_of(IDS, (0, T, 0))
+    want = wide.forward(whole, poisoned(wide.config), wide_experts)
+    torchs = model.forward(whole, poisoned(few.config, dtype=cache_type), experts)
+    assert got.dtype == torch.bfloat16
+    error, torchs_error = ((part.float() - want).norm(dim=-1).median() for part in (got, torchs))
+    assert error < torchs_error
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_any_size(checkpoints, isa, dtype):
+    generator = torch.Generator().manual_seed(3)
+    pool = HostPool(2, isa)
+    few = FewRows(ModelConfig.load(tiny_checkpoint(checkpoints)), pool.handle)
+    for rows, cols, tokens in itertools.product((1, 9, 100), (1, 15, 16, 33, 200), (1, 2, 3, 5, 8)):
+        matrix = torch.randn(rows, cols, generator=generator).to(dtype)
+        x = torch.randn(tokens, cols, generator=generator)
+        want = x.to(dtype).double() @ matrix.double().T
+        torch.testing.assert_close(few.product(matrix)(x).double(), want, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_what_is_not_finite_stays_with_its_sequence(checkpoints):
+    folder, spans = tiny_checkpoint(checkpoints), [(30, 31, 0), (30, 31, T)]
+    few, _, experts = load_model(folder, HostPool(2))
+    cache = poisoned(few.config, 2 * T)
+    few.forward(rows_of(IDS, (0, 30, T)), cache, experts)  # the first sequence's keys are NaN
+    got = few.forward(rows_of(IDS, *spans), cache, experts)
+    assert got[0].isnan().any() and got[1].isfinite().all()
+
+
+def test_what_it_does_not_take(checkpoints):
+    few, _, _ = load_model(tiny_checkpoint(checkpoints), HostPool(1))
+    many, fp8 = (
+        rows_of(torch.zeros(99, dtype=torch.int64), (0, MOST_ROWS + 1, 0)),
+        poisoned(few.config, dtype="fp8_e4m3"),
+    )
+    assert few.few.step(many, poisoned(few.config)) is None
+    assert few.few.step(rows_of(IDS, (0, 1, 0)), fp8) is None
+
+
+def test_refusals(checkpoints):
+    pool = HostPool(1)
+    few, _, experts = load_model(tiny_checkpoint(checkpoints), pool)
+    rows = rows_of(IDS, (0, 3, 0))
+    with pytest.raises(ValueError, match=r"latents has shape \[2, 128\], must be \[more than 2, 128\]"):
+        few.forward(rows, poisoned(few.config, 2), experts)
+    with pytest.raises(ValueError, match=r"position 5 is not among the 3 of its context"):
+        _C.DenseStep(np.array([5]), np.array([5]), [(1, np.arange(3))], 32, 1e4, 16)
+    with pytest.raises(ValueError, match="the runs have 2 rows, more than the step's 1"):
+        _C.DenseStep(np.array([5]), np.array([5]), [(2, np.arange(9))], 32, 1e4, 16)
+    space = _C.DenseWorkspace(pool.handle)
+    mlp = _C.DenseFeedForward(space, np.zeros(8, np.float32), 1e-5, *_mlp(8, 4))
+    with pytest.raises(ValueError, match=r"end\(\) of 2 rows, begin\(\) had 0"):
+        mlp.end(np.zeros((2, 8), np.float32), None)
+    with pytest.raises(ValueError, match=r"gate_up has shape \[8, 8\], must be \[10, 8\]"):
+        _C.DenseFeedForward(space, np.zeros(8, np.float32), 1e-5, _mlp(8, 4)[0], _mlp(8, 5)[1])
+    pool.close()
+    with pytest.raises(ValueError, match="this host pool is closed"):
+        FewRows(few.config, pool.handle).product(torch.zeros(3, 4))(torch.zeros(1, 4))
+
+
+def _mlp(hidden: int, intermediate: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((2 * intermediate, hidden), np.float32), np.zeros((hidden, intermediate), np.float32)
