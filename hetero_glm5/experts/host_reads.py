@@ -29,7 +29,7 @@ class HostReads:
         started = time.perf_counter()
         y = compute()
         self.seconds += time.perf_counter() - started
-        self.bytes += blob_bytes * np.count_nonzero(np.bincount(ids.numpy().ravel() + 1)[1:])
+        self.bytes += blob_bytes * int(np.count_nonzero(np.bincount(ids.numpy().ravel() + 1)[1:]))
         return y
 
     def end(self) -> None:
