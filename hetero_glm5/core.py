@@ -31,6 +31,10 @@ class RequestError(UserError):
         self.param = param
 
 
+class PromptTooLong(RequestError):
+    """The prompt leaves no room for an answer. Clients that shorten their conversations then know errors like it."""
+
+
 class QueueFull(UserError):
     """The waiting line is full (HTTP 429)."""
 

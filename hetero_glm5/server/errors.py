@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hetero_glm5.core import QueueFull, RequestError
+from hetero_glm5.core import PromptTooLong, QueueFull, RequestError
+
+TOO_LONG = "context_length_exceeded"
 
 
 class UnknownModel(RequestError):
@@ -21,6 +23,7 @@ class GenerationFailed(Exception):
 
 KNOWN: dict[type[Exception], tuple[int, str, str | None]] = {  # HTTP status, OpenAI's type and code
     RequestError: (400, "invalid_request_error", None),
+    PromptTooLong: (400, "invalid_request_error", TOO_LONG),
     UnknownModel: (404, "invalid_request_error", "model_not_found"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
     NotReady: (503, "server_error", "not_ready"),
@@ -46,10 +49,9 @@ def shaped(path: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def anthropic_error(status: int, error: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "error",
-        "error": {"type": _ANTHROPIC_TYPES.get(status, "api_error"), "message": error["message"]},
-    }
+    """`error` is OpenAI's. Claude Code looks for Anthropic's own words when a conversation has grown too long."""
+    message = f"prompt is too long: {error['message']}" if error["code"] == TOO_LONG else error["message"]
+    return {"type": "error", "error": {"type": _ANTHROPIC_TYPES.get(status, "api_error"), "message": message}}
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

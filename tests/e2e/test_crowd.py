@@ -18,7 +18,7 @@ AT_ONCE = 40  # clients that may leave together
 
 @pytest.fixture(scope="module")
 def url(checkpoints):
-    flags = "--max-running-requests 32 --max-queued-requests 1000 --max-total-tokens 8192 --chunked-prefill-size 256"
+    flags = "--max-running-requests 32 --max-queued-requests 1000 --max-total-tokens 8192 --chunked-prefill-size 32"
     flags += f" --latent-norm-eps {LATENT_EPS}"
     server = Process("--model", tiny_checkpoint(checkpoints), *flags.split(), *IN_FP32.split())
     yield server.url
