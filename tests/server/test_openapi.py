@@ -103,6 +103,6 @@ def test_a_few_cases(served):
 @pytest.mark.slow
 def test_two_thousand_cases(served):
     seen = answered(served, 2000)
-    unanswered = [path for path in ROUTES if not seen[path, 200]]
-    assert seen.total() >= 2000 and unanswered == ["/openapi.json"], seen
+    answerable = ROUTES.keys() - {"/openapi.json", "/v1/models/{name}", "/dump_expert_distribution_record"}
+    assert seen.total() >= 2000 and all(seen[path, 200] for path in answerable), seen
     assert not served.worker.num_open and served.http.get("/health").status_code == 200
