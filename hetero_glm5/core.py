@@ -31,6 +31,10 @@ class RequestError(UserError):
         self.param = param
 
 
+class PromptTooLong(RequestError):
+    """The prompt leaves no room for an answer. Clients that shorten their conversations then know errors like it."""
+
+
 class QueueFull(UserError):
     """The waiting line is full (HTTP 429)."""
 
@@ -74,7 +78,7 @@ _NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "min_p": (float, lambda v: 0 <= v <= 1, "between 0 and 1"),
     "presence_penalty": (float, lambda v: -2 <= v <= 2, "between -2 and 2"),
     "frequency_penalty": (float, lambda v: -2 <= v <= 2, "between -2 and 2"),
-    "repetition_penalty": (float, lambda v: 0 < v <= 2, "above 0 and at most 2 (1 means off)"),
+    "repetition_penalty": (float, lambda v: 0.01 <= v <= 2, "between 0.01 and 2 (1 means off)"),
     "max_tokens": (int, lambda v: v >= 1, "at least 1"),
     "min_tokens": (int, lambda v: v >= 0, "at least 0"),
     "seed": (int, lambda v: 0 <= v < 2**64, "between 0 and 2**64 - 1"),

@@ -17,6 +17,7 @@ from hetero_glm5.core import (
     Batch,
     Drawn,
     LoadProgress,
+    PromptTooLong,
     QueueFull,
     RequestError,
     SamplingParams,
@@ -198,10 +199,10 @@ class Engine:
             )
         room = self.context_length - len(tokens)
         if room < 1:
-            raise RequestError(
-                f"the prompt has {len(tokens)} tokens; the context length is {self.context_length}, of which one must "
-                "be left for the answer. Shorten the prompt, or start with a larger --context-length or "
-                "--max-total-tokens.",
+            raise PromptTooLong(
+                f"this model's maximum context length is {self.context_length} tokens, of which one must be left for "
+                f"the answer; the prompt has {len(tokens)}. Shorten the prompt, or start with a larger "
+                "--context-length or --max-total-tokens.",
                 "prompt",
             )
         if params.max_tokens is not None and params.max_tokens > room:

@@ -16,6 +16,8 @@ class Adaptation:
     def __init__(self, planner: Planner, counts: RoutingCounts, mover: Mover):
         self.planner, self.counts, self.mover = planner, counts, mover
         self._only_decode = False
+        self.routed_to = {"device": 0, "host": 0}  # selections since the start, by where their expert was
+        self._on_device = np.zeros(counts.shape, dtype=bool)
 
     @property
     def slot_of(self) -> np.ndarray:
@@ -26,9 +28,10 @@ class Adaptation:
         self._only_decode = bool(decoded.all())
         self.counts.begin(decoded)
 
-    def routed(self, layer: int, ids: Tensor) -> None:
-        """ids int64 [T, k] of a layer's rows."""
+    def routed(self, layer: int, ids: Tensor, on_device: np.ndarray) -> None:
+        """ids int64 [T, k] of a layer's rows; on_device bool [experts]: which experts the device held for them."""
         self.counts.add(layer, ids)
+        self._on_device[layer] = on_device
 
     def fetch(self, layer: int, ids: Tensor) -> None:
         """Co-execution in a step that only decodes: some of the experts that the layer misses come to the device, while
@@ -50,4 +53,8 @@ class Adaptation:
         for move in failed:
             self.planner.drop(move)
         self.counts.drain()
-        self.mover.start(self.planner.end_step(*self.counts.take(), late))
+        decode, prefill = self.counts.take()
+        hits = int((decode + prefill)[self._on_device].sum())
+        self.routed_to["device"] += hits
+        self.routed_to["host"] += int(decode.sum() + prefill.sum()) - hits
+        self.mover.start(self.planner.end_step(decode, prefill, late))

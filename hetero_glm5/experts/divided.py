@@ -47,6 +47,7 @@ class DividedPrefill:
         self._staged: deque[Staged] = deque()
         self._todo: deque[int] = deque()  # experts to copy
         self._free = list(range(STAGES))  # slots
+        self.streamed_bytes = 0
         self._began: dict[int, list[int]] = {}  # by layer: with which experts, in the latest chunk
 
     def begin(self, layer: int, ids: np.ndarray, slot_of: np.ndarray) -> np.ndarray:
@@ -94,5 +95,5 @@ class DividedPrefill:
         while self._free and self._todo:
             expert, slot = self._todo.popleft(), self._free.pop(0)
             self.copies.after_compute()
-            copy_expert(self.experts[self._next], expert, self.staging[slot], self.copies)
+            self.streamed_bytes += copy_expert(self.experts[self._next], expert, self.staging[slot], self.copies)
             self._staged.append(Staged(expert, slot, self.copies.mark()))

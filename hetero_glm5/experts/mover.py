@@ -22,6 +22,7 @@ class Mover:
     def __init__(self, experts: Sequence[PackedExperts], slots: Tensor, background: Copies, urgent: Copies):
         self.experts, self.slots, self.background, self.urgent = experts, slots, background, urgent
         self._flying: deque[tuple[Move, Mark]] = deque()
+        self.moved_bytes = self.fetched_bytes = 0  # by start() and by fetch()
 
     def start(self, moves: Sequence[Move]) -> None:
         """Copies behind the next step. What their slots held is not to be used any more. Does not raise: settle() tells
@@ -31,7 +32,8 @@ class Mover:
         try:
             self.background.after_compute()
             for move in moves:
-                copy_expert(self.experts[move.layer], move.expert, self.slots[move.slot], self.background)
+                piece = self.experts[move.layer], move.expert, self.slots[move.slot]
+                self.moved_bytes += copy_expert(*piece, self.background)
                 self._flying.append((move, self.background.mark()))
         except RuntimeError as error:
             started = {move for move, _ in self._flying}
@@ -58,7 +60,8 @@ class Mover:
         self.urgent.after_compute()
         try:
             for move in moves:
-                copy_expert(self.experts[move.layer], move.expert, self.slots[move.slot], self.urgent)
+                piece = self.experts[move.layer], move.expert, self.slots[move.slot]
+                self.fetched_bytes += copy_expert(*piece, self.urgent)
         finally:  # also what was copied before a failure is in order with what follows
             self.urgent.mark().hold()
 
@@ -68,7 +71,8 @@ class Mover:
         self.urgent.close()
 
 
-def copy_expert(experts: PackedExperts, expert: int, slot: Tensor, copies: Copies) -> None:
-    """Asks for the copy of one expert's blob into `slot`, uint8 [blob_bytes]."""
+def copy_expert(experts: PackedExperts, expert: int, slot: Tensor, copies: Copies) -> int:
+    """Asks for the copy of one expert's blob into `slot`, uint8 [blob_bytes]. Returns its bytes."""
     for offset, piece in experts.pieces(expert):
         copies.copy(slot[offset : offset + piece.nbytes], piece)
+    return slot.nbytes

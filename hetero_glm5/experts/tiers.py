@@ -21,6 +21,7 @@ from hetero_glm5.experts.copies import Copies
 from hetero_glm5.experts.cpu_tier import CpuExperts
 from hetero_glm5.experts.divided import DividedPrefill
 from hetero_glm5.experts.gpu_tier import GpuExperts
+from hetero_glm5.experts.host_reads import HostReads
 from hetero_glm5.experts.host_stream import DeviceStream
 from hetero_glm5.experts.recording import Recording
 
@@ -49,6 +50,7 @@ class ExpertTiers:
         self.divided: DividedPrefill | None = None
         self.pinning: list[Copies] = []  # what has pinned the host's experts
         self.deferred = 0
+        self.reads = HostReads()
         self.slot_of = torch.tensor(slot_of, device=device.slots.device)
         self._slot_of = slot_of.copy()  # the same, here
         self._look()
@@ -61,6 +63,17 @@ class ExpertTiers:
             if user:
                 user.close()
 
+    @property
+    def copied_bytes(self) -> dict[str, int]:
+        """Of experts, host to device, since the start: moved into slots behind the steps, fetched into them within one,
+        and streamed for one layer of a long prefill."""
+        mover = None if self.adaptation is None else self.adaptation.mover
+        return {
+            "moved": 0 if mover is None else mover.moved_bytes,
+            "fetched": 0 if mover is None else mover.fetched_bytes,
+            "streamed": 0 if self.divided is None else self.divided.streamed_bytes,
+        }
+
     def slots(self, layer: int) -> Tensor:
         """int64 [experts] of one of the model's layers, -1 = host."""
         return self.slot_of[self._index[layer]]
@@ -68,6 +81,7 @@ class ExpertTiers:
     def begin_step(self, decoded: Tensor) -> None:
         """decoded bool [T], on the CPU: which rows of the step are decoded, not prefilled."""
         self._late = None
+        self.reads.begin(decoded)
         if self.recording is not None:
             self.recording.begin(decoded)
         if self.adaptation is not None:
@@ -75,6 +89,7 @@ class ExpertTiers:
 
     def end_step(self) -> None:
         """After the step's last kernel was waited for: moves that have ended come into use, others begin."""
+        self.reads.end()
         if self.recording is not None:
             self.recording.end()
         if self.adaptation is not None:
@@ -88,7 +103,7 @@ class ExpertTiers:
         if self.recording is not None:
             self.recording.routed(index, ids, self._resident[index])
         if self.adaptation is not None:
-            self.adaptation.routed(index, ids)
+            self.adaptation.routed(index, ids, self._resident[index])
         if self.divided is not None and len(x) >= self.divided.threshold:
             parts = self._divide(self.divided, layer, x, ids, weights, clock)
         else:
@@ -158,7 +173,8 @@ class ExpertTiers:
 
     def _start_host(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Join:
         if self.stream is None:
-            y = self.host[layer](x, ids, weights)
+            host = self.host[layer]
+            y = self.reads.timed(ids, host.packed.layout.blob_bytes, lambda: host(x, ids, weights))
             return lambda: y
         return self.host[layer].start(self.stream(x.device), x, ids, weights)
 

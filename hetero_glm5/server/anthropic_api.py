@@ -1,32 +1,22 @@
-"""Anthropic's Messages API: /v1/messages and /v1/messages/count_tokens, their events and the shape of their errors."""
+"""Anthropic's Messages API: /v1/messages and /v1/messages/count_tokens, and their events."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
 
 from hetero_glm5.core import SamplingParams
 from hetero_glm5.server.anthropic_protocol import CountRequest, MessagesRequest
-from hetero_glm5.server.errors import KNOWN, describe, error_body
+from hetero_glm5.server.errors import ANTHROPIC, anthropic_error
 from hetero_glm5.server.protocol import parse_request
-from hetero_glm5.server.service import RETRY_SECONDS, Service, json_response
+from hetero_glm5.server.service import Service, json_response
 from hetero_glm5.server.turn import Change, Part, Turn, answer, make_turn, named_event
 
 CALL = "toolu_"  # begins the ids of tool calls
 SIGNATURE = "none"  # of thinking: nothing is signed, but some clients drop what has none
-_ERRORS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 _REASONS = {"length": "max_tokens"}  # every other end is an end_turn
 
 
@@ -43,29 +33,10 @@ def messages_router(service: Service) -> APIRouter:
         turn = await make_turn(service, asked.asked(SamplingParams()), CALL)
         return json_response({"input_tokens": len(turn.prompt)})
 
-    router = APIRouter(route_class=AnthropicRoute)
-    router.add_api_route("/v1/messages", messages, methods=["POST"])
-    router.add_api_route("/v1/messages/count_tokens", count_tokens, methods=["POST"])
+    router = APIRouter()
+    router.add_api_route(ANTHROPIC, messages, methods=["POST"])
+    router.add_api_route(f"{ANTHROPIC}/count_tokens", count_tokens, methods=["POST"])
     return router
-
-
-class AnthropicRoute(APIRoute):
-    """Tells whatever goes wrong before an answer begins in Anthropic's shape."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_or_tell(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except tuple(KNOWN) as error:
-                status, body = describe(error)
-            except HTTPException as error:
-                status, body = error.status_code, error_body(str(error.detail), "")
-            retry = {"Retry-After": RETRY_SECONDS} if status in (429, 503) else None
-            return json_response(_error(body["error"], status), status, retry)
-
-        return handle_or_tell
 
 
 class MessageTeller:
@@ -91,7 +62,7 @@ class MessageTeller:
         return [named_event(event) for event in events]
 
     def failed(self, error: dict[str, Any]) -> bytes:
-        return named_event(_error(error, 500))
+        return named_event(anthropic_error(500, error))
 
     def whole(self) -> dict[str, Any]:
         return self._message([block for part in self.turn.parts if (block := _block(part)) is not None])
@@ -163,8 +134,3 @@ _DELTAS = {
     "content": ("text_delta", "text"),
     "call": ("input_json_delta", "partial_json"),
 }
-
-
-def _error(error: dict[str, Any], status: int) -> dict[str, Any]:
-    """Anthropic's shape of an error that is told in OpenAI's."""
-    return {"type": "error", "error": {"type": _ERRORS.get(status, "api_error"), "message": error["message"]}}

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from hetero_glm5.core import MOST_STOP_CHARACTERS, MOST_STOPS, RequestError, SamplingParams
-from hetero_glm5.server.fields import shown
+from hetero_glm5.server.fields import OBJECT, TEXT, TEXT_PART, form, listed, shown
 from hetero_glm5.server.protocol import SparseBody
 from hetero_glm5.server.tokenizer import SamplingDefaults
 from hetero_glm5.server.turn import Asked
@@ -28,6 +28,17 @@ _BLOCKS = {
     "user": ("text", "tool_result"),
     "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
     "system": ("text",),
+}
+_TEXT_BLOCKS = {"anyOf": [TEXT, listed(TEXT_PART)]}
+_KINDS = {str: TEXT, dict: OBJECT}
+_ANY_BLOCK = {
+    "anyOf": [
+        form(
+            {"type": {"const": kind}} | {name: _KINDS[wanted] for name, wanted in needed.items()},
+            {"content": _TEXT_BLOCKS, "is_error": {"type": "boolean"}} if kind == "tool_result" else {},
+        )
+        for kind, needed in _FIELDS.items()
+    ]
 }
 _CHOICES: dict[str, Any] = {"auto": "auto", "any": "required", "tool": "only", "none": "none"}
 
@@ -67,10 +78,13 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": tool["name"], **about, "parameters": tool["input_schema"]}}
 
 
+_TOOL = form({"name": TEXT, "input_schema": OBJECT}, {"type": {"const": "custom"}, "description": TEXT})
+
+
 class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["user", "assistant", "system"]
-    content: Any
+    content: Annotated[Any, WithJsonSchema({"anyOf": [TEXT, listed(_ANY_BLOCK)]})]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -115,8 +129,8 @@ class Conversation(SparseBody):
     unsupported = {"container": (), "mcp_servers": ([],)}
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    system: Annotated[Any, BeforeValidator(_blocks)] = []
-    tools: Annotated[Any, BeforeValidator(_tools)] = []
+    system: Annotated[Any, BeforeValidator(_blocks), WithJsonSchema(_TEXT_BLOCKS)] = []
+    tools: Annotated[Any, BeforeValidator(_tools), WithJsonSchema(listed(_TOOL))] = []
     tool_choice: ToolChoice = ToolChoice()
     thinking: Thinking = Thinking()
     output_config: OutputConfig = OutputConfig()

@@ -1,4 +1,4 @@
-"""The HTTP API put together: routes, errors in OpenAI's shape, limits and keys."""
+"""The HTTP API put together: routes, errors, limits and keys."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from hetero_glm5.server.anthropic_api import messages_router
-from hetero_glm5.server.errors import KNOWN, bug_body, describe, error_body
+from hetero_glm5.server.errors import KNOWN, bug_body, describe, error_body, shaped
 from hetero_glm5.server.guard import Guard, allowed_hosts, cross_origin
 from hetero_glm5.server.native import Native
+from hetero_glm5.server.openapi import document
 from hetero_glm5.server.openresponses_api import responses_router
 from hetero_glm5.server.service import RETRY_SECONDS, Service, json_response
 
@@ -42,6 +43,7 @@ def create_app(service: Service) -> FastAPI:
     guarded.add_api_route("/stop_expert_distribution_record", service.stop_recording, methods=["POST"])
     guarded.add_api_route("/dump_expert_distribution_record", service.dump_recording, methods=["POST"])
     Native(service).add_routes(guarded)
+    guarded.add_api_route("/openapi.json", _openapi)
     app.include_router(guarded)
     for kind in KNOWN:
         app.add_exception_handler(kind, _known_error)
@@ -60,9 +62,13 @@ def _key_check(key: str | None) -> Any:
     return check
 
 
+async def _openapi() -> Response:
+    return json_response(document())
+
+
 async def _known_error(request: Request, error: Exception) -> Response:
     status, body = describe(error)
-    return json_response(body, status, {"Retry-After": RETRY_SECONDS} if status in (429, 503) else None)
+    return _refused(request, status, body, {"Retry-After": RETRY_SECONDS} if status in (429, 503) else None)
 
 
 async def _http_error(request: Request, error: Any) -> Response:
@@ -72,11 +78,15 @@ async def _http_error(request: Request, error: Any) -> Response:
     codes = {401: "invalid_api_key", 404: "unknown_route", 405: "method_not_allowed", 413: "body_too_large"}
     message = sentences.get(error.status_code, str(error.detail))
     body = error_body(message, "invalid_request_error", None, codes.get(error.status_code))
-    return json_response(body, error.status_code, error.headers)
+    return _refused(request, error.status_code, body, error.headers)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    return json_response(bug_body(error), 500)
+    return _refused(request, 500, bug_body(error))
+
+
+def _refused(request: Request, status: int, body: dict[str, Any], headers: Any = None) -> Response:
+    return json_response(shaped(request.url.path, status, body), status, headers)
 
 
 async def _gone(request: Request, error: Exception) -> Response:

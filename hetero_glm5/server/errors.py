@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hetero_glm5.core import QueueFull, RequestError
+from hetero_glm5.core import PromptTooLong, QueueFull, RequestError
+
+TOO_LONG = "context_length_exceeded"
 
 
 class UnknownModel(RequestError):
@@ -21,11 +23,35 @@ class GenerationFailed(Exception):
 
 KNOWN: dict[type[Exception], tuple[int, str, str | None]] = {  # HTTP status, OpenAI's type and code
     RequestError: (400, "invalid_request_error", None),
+    PromptTooLong: (400, "invalid_request_error", TOO_LONG),
     UnknownModel: (404, "invalid_request_error", "model_not_found"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
     NotReady: (503, "server_error", "not_ready"),
     GenerationFailed: (500, "server_error", "generation_failed"),
 }
+
+ANTHROPIC = "/v1/messages"  # begins the paths of Anthropic's API
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def shaped(path: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """An error in OpenAI's shape in that of the API that `path` belongs to."""
+    return anthropic_error(status, body["error"]) if path.startswith(ANTHROPIC) else body
+
+
+def anthropic_error(status: int, error: dict[str, Any]) -> dict[str, Any]:
+    """`error` is OpenAI's. Claude Code looks for Anthropic's own words when a conversation has grown too long."""
+    message = f"prompt is too long: {error['message']}" if error["code"] == TOO_LONG else error["message"]
+    return {"type": "error", "error": {"type": _ANTHROPIC_TYPES.get(status, "api_error"), "message": message}}
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Checks of a request's fields that pydantic's types cannot make. Each returns the value to use, or raises ValueError
-with the end of a sentence that begins with the field's name."""
+with the end of a sentence that begins with the field's name. The types at the end pair them with their JSON schemas."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, WithJsonSchema
 
 
 def strings(value: Any) -> list[str]:
-    values = [value] if isinstance(value, str) else value
+    values = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
         raise ValueError("must be a string or a list of strings")
     return values
@@ -92,3 +94,80 @@ def biases(value: Any) -> dict[int, Any]:
 def shown(value: Any) -> str:
     """A client's value in a sentence: a text, or else its kind, since it may be large and deep."""
     return repr(value[:100]) if isinstance(value, str) else type(value).__name__
+
+
+def listed(items: dict[str, Any], least: int = 0) -> dict[str, Any]:
+    """The JSON schema of a list of `least` items or more."""
+    return {"type": "array", "items": items, "minItems": least}
+
+
+def form(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON schema of an object with these fields, and perhaps others."""
+    return {"type": "object", "properties": required | (optional or {}), "required": list(required)}
+
+
+TEXT = {"type": "string"}
+NULL = {"type": "null"}
+OBJECT = {"type": "object"}
+TOKEN_IDS = listed({"type": "integer", "minimum": 0})
+TEXT_PART = form({"type": {"const": "text"}, "text": TEXT})
+_NAMED = form({"name": TEXT}, {"description": TEXT, "parameters": OBJECT})
+_CALLED = form({"name": TEXT, "arguments": {"anyOf": [TEXT, OBJECT]}})
+TEXTS = {"anyOf": [TEXT, listed(TEXT, 1)]}
+IDS = {"anyOf": [listed(TOKEN_IDS["items"], 1), listed(TOKEN_IDS, 1)]}
+
+# What constrains an answer is checked in constraints.py.
+ResponseFormat = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                form({"type": {"enum": ["text", "json_object"]}}),
+                form({"type": {"const": "json_schema"}, "json_schema": form({"schema": OBJECT}, {"name": TEXT})}),
+                NULL,
+            ]
+        }
+    ),
+]
+Schema = Annotated[Any, WithJsonSchema({"type": ["object", "string", "null"]})]
+Text = Annotated[Any, WithJsonSchema({"type": ["string", "null"]})]
+Choices = Annotated[Any, WithJsonSchema({"anyOf": [listed({**TEXT, "minLength": 1}, 1), NULL]})]
+Structure = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                form({"json": {"type": ["object", "string"]}}),
+                form({"json_object": {"const": True}}),
+                form({"regex": TEXT}),
+                form({"grammar": TEXT}),
+                form({"choice": listed(TEXT)}),
+                NULL,
+            ]
+        }
+    ),
+]
+
+Prompts = Annotated[Any, BeforeValidator(prompts), WithJsonSchema({"anyOf": [TEXTS, IDS]})]
+Content = Annotated[Any, BeforeValidator(content), WithJsonSchema({"anyOf": [TEXT, listed(TEXT_PART), NULL]})]
+ToolCalls = Annotated[
+    Any,
+    BeforeValidator(tool_calls),
+    WithJsonSchema({"anyOf": [listed(form({"function": _CALLED}, {"id": TEXT, "type": TEXT})), NULL]}),
+]
+Tools = Annotated[
+    Any,
+    BeforeValidator(tools),
+    WithJsonSchema({"anyOf": [listed(form({"type": {"const": "function"}, "function": _NAMED})), NULL]}),
+]
+ToolChoice = Annotated[
+    Any,
+    BeforeValidator(tool_choice),
+    WithJsonSchema({"anyOf": [{"enum": ["auto", "none", "required", None]}, form({"function": form({"name": TEXT})})]}),
+]
+Biases = Annotated[
+    Any,
+    BeforeValidator(biases),
+    WithJsonSchema({"type": ["object", "null"], "additionalProperties": {"type": "number"}}),
+]
+Strings = Annotated[Any, BeforeValidator(strings), WithJsonSchema({"anyOf": [TEXT, listed(TEXT), NULL]})]

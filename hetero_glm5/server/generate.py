@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from hetero_glm5.core import Drawn, Grammar, RequestError, SamplingParams, TokenEvent
 from hetero_glm5.server import fields
@@ -38,13 +38,13 @@ class NativeSampling(Tuning, SparseBody):
     max_new_tokens: int = DEFAULT_TOKENS
     min_new_tokens: int = 0
     n: int = 1
-    stop: Annotated[Any, BeforeValidator(fields.strings)] = []
+    stop: fields.Strings = []
     stop_token_ids: Annotated[list[int], Field(fail_fast=True)] = []
     ignore_eos: bool = False
     sampling_seed: int | None = None
-    logit_bias: Annotated[Any, BeforeValidator(fields.biases)] = {}
-    json_schema: Any = None
-    regex: Any = None
+    logit_bias: fields.Biases = {}
+    json_schema: fields.Schema = None
+    regex: fields.Text = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: Literal[False] = False
@@ -57,8 +57,8 @@ class NativeSampling(Tuning, SparseBody):
 
 
 class GenerateRequest(SparseBody):
-    text: Annotated[Any, BeforeValidator(_checked_prompts)] = None
-    input_ids: Annotated[Any, BeforeValidator(_checked_prompts)] = None
+    text: Annotated[Any, BeforeValidator(_checked_prompts), WithJsonSchema(fields.TEXTS)] = None
+    input_ids: Annotated[Any, BeforeValidator(_checked_prompts), WithJsonSchema(fields.IDS)] = None
     sampling_params: NativeSampling = NativeSampling()
     rid: Annotated[str | None, Field(max_length=200)] = None
     return_logprob: bool = False

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hetero_glm5.config import ServerConfig
-from hetero_glm5.server.errors import error_body
+from hetero_glm5.server.errors import error_body, shaped
 
 LOCAL = frozenset(("localhost", "127.0.0.1", "[::1]"))
 LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -44,7 +44,7 @@ class Guard:
             await send(message)
 
         host = _without_port(headers.get("host", ""))
-        app = self._app if self._hosts is None or host in self._hosts else _refusal(host)
+        app = self._app if self._hosts is None or host in self._hosts else _refusal(host, scope["path"])
         await app(scope, receive, named)
 
 
@@ -78,7 +78,7 @@ def _without_port(host: str) -> str:
     return (name if colon and port.isdigit() and not name.endswith(":") else host).lower()
 
 
-def _refusal(host: str) -> Response:
+def _refusal(host: str, path: str) -> Response:
     message = f"The Host header is {host[:100]!r}; this server does not answer to it. Name it in --allowed-hosts."
     body = error_body(message, "invalid_request_error", None, "unknown_host")
-    return Response(orjson.dumps(body), 403, media_type="application/json")
+    return Response(orjson.dumps(shaped(path, 403, body)), 403, media_type="application/json")

@@ -11,7 +11,7 @@ from hetero_glm5.engine.engine import Engine
 def snapshot(engine: Engine) -> dict[str, Any]:
     """Counts, and how full it is. For the engine's thread; cheap."""
     scheduler, counts = engine.scheduler, engine.scheduler.counts
-    cache, drafter = scheduler.cache, engine.drafter
+    cache, drafter, tiers = scheduler.cache, engine.drafter, engine.tiers
     used = cache.pool.num_pages - cache.num_available
     return {
         "num_running_reqs": engine.num_running,
@@ -26,6 +26,11 @@ def snapshot(engine: Engine) -> dict[str, Any]:
         "draft_acceptance": None if drafter is None else drafter.depth.acceptance,
         "page_store": None if engine.store is None else engine.store.stats,
         "expert_hit_rate": engine.recorder.hit_rate,
+        "expert_routed_to": None if tiers.adaptation is None else tiers.adaptation.routed_to,
+        "expert_copied_bytes": tiers.copied_bytes,
+        "host_experts_bytes": tiers.reads.bytes,
+        "host_experts_seconds": tiers.reads.seconds,
+        "host_experts_gb_per_s": tiers.reads.gb_per_s,
     }
 
 

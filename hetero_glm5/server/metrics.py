@@ -39,6 +39,11 @@ COUNTS = {  # of the scheduler's Counts
     "preemptions": "Requests that had to make room.",
 }
 
+HOST_EXPERTS = {
+    "host_experts_bytes": "Bytes of weights that the host's experts read.",
+    "host_experts_seconds": "Seconds that the host's experts took.",
+}
+
 
 class Metrics:
     """One registry for one server. Everything on the loop's thread."""
@@ -86,9 +91,26 @@ class Metrics:
         if rates:
             help = "Of the experts chosen while the expert distribution was recorded, the share found on the device."
             yield self._told(GaugeMetricFamily, "expert_hit_rate", help, rates, "phase")
+        if told["expert_routed_to"] is not None:
+            hits = {(tier,): count for tier, count in told["expert_routed_to"].items()}
+            help = "Experts chosen, while experts may move, by the tier that held them."
+            yield self._told(CounterMetricFamily, "expert_selections", help, hits, "tier")
+        copied = {(reason,): count for reason, count in told["expert_copied_bytes"].items()}
+        help = "Bytes of experts copied from the host to the device."
+        yield self._told(CounterMetricFamily, "expert_copied_bytes", help, copied, "reason")
+        yield from self._host_experts(told)
         if told["page_store"] is not None:
             stats = {(name,): value for name, value in told["page_store"].items()}
             yield self._told(GaugeMetricFamily, "page_store", "Pages outside the KV pool.", stats, "stat")
+
+    def _host_experts(self, told: dict[str, Any]) -> Iterator[Metric]:
+        """Nothing where the host's experts run in a device's stream, in which they are not timed."""
+        if told["host_experts_gb_per_s"] is None:
+            return
+        for name, help in HOST_EXPERTS.items():
+            yield self._told(CounterMetricFamily, name, help, {(): told[name]})
+        help = "GB/s of weights that the host's experts read in the latest step that only decoded."
+        yield self._told(GaugeMetricFamily, "host_experts_gb_per_s", help, {(): told["host_experts_gb_per_s"]})
 
     def _told(self, kind: Any, name: str, help: str, values: dict[Any, float], *labels: str) -> Metric:
         family = kind(f"{PREFIX}:{name}", help, labels=[*self._labels, *labels])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from hetero_glm5 import __version__
 from hetero_glm5.core import RequestError, SamplingParams
@@ -38,7 +38,7 @@ class TokenizeRequest(_Fields):
 
 class DetokenizeRequest(_Fields):
     model: str | None = None
-    tokens: Annotated[Any, BeforeValidator(fields.prompts)]
+    tokens: fields.Prompts
 
 
 class AbortRequest(_Fields):
@@ -48,7 +48,7 @@ class AbortRequest(_Fields):
 
 class ParseCallRequest(_Fields):
     text: str
-    tools: Annotated[Any, BeforeValidator(fields.tools)]
+    tools: fields.Tools
     tool_call_parser: Literal["glm47"] = "glm47"
 
 

@@ -76,7 +76,7 @@ class ResponseTeller:
         return [self._event(f"response.{whole['status']}", response=whole)]
 
     def failed(self, error: dict[str, Any]) -> bytes:
-        told = {"code": "server_error", "message": error["message"]}
+        told = {"code": error["code"] or "server_error", "message": error["message"]}
         return self._event("response.failed", response=self._response("failed") | {"error": told})
 
     def whole(self) -> dict[str, Any]:

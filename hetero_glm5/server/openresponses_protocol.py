@@ -11,10 +11,10 @@ import binascii
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from hetero_glm5.core import RequestError, SamplingParams
-from hetero_glm5.server.fields import shown
+from hetero_glm5.server.fields import OBJECT, TEXT, form, listed, shown
 from hetero_glm5.server.protocol import SparseBody
 from hetero_glm5.server.tokenizer import SamplingDefaults
 from hetero_glm5.server.tool_grammar import ANY_JSON
@@ -141,6 +141,35 @@ def _tool_choice(value: Any) -> dict[str, Any]:
     raise ValueError(f"is {shown(value)}; it must be auto, none, required, a function or allowed_tools")
 
 
+_TEXT = {"anyOf": [TEXT, listed(form({"type": {"enum": list(_TEXTS)}, "text": TEXT}))]}
+_ANY_ITEM = {
+    "anyOf": [
+        form(
+            {"role": {"enum": ["user", "assistant", "system", "developer"]}, "content": _TEXT},
+            {"type": {"const": "message"}},
+        ),
+        form({"type": {"const": "function_call"}, "call_id": TEXT, "name": TEXT, "arguments": TEXT}),
+        form({"type": {"const": "function_call_output"}, "call_id": TEXT, "output": _TEXT}),
+        form({"type": {"const": "reasoning"}}, {"content": _TEXT, "summary": _TEXT, "encrypted_content": TEXT}),
+    ]
+}
+_TOOL = form({"type": {"const": "function"}, "name": TEXT}, {"description": TEXT, "parameters": OBJECT})
+_NAMED_TOOL = form({"type": {"const": "function"}, "name": TEXT})
+_ANY_CHOICE = {
+    "anyOf": [
+        {"enum": ["auto", "none", "required"]},
+        _NAMED_TOOL,
+        form(
+            {
+                "type": {"const": "allowed_tools"},
+                "mode": {"enum": ["auto", "required"]},
+                "tools": listed(_NAMED_TOOL),
+            }
+        ),
+    ]
+}
+
+
 class Reasoning(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
     effort: str | None = None
@@ -191,11 +220,11 @@ class ResponsesRequest(SparseBody):
         "truncation": ("disabled",),
     }
     model: str | None = None
-    input: Annotated[Any, BeforeValidator(_messages)]
+    input: Annotated[Any, BeforeValidator(_messages), WithJsonSchema({"anyOf": [TEXT, listed(_ANY_ITEM)]})]
     instructions: str | None = None
     previous_response_id: str | None = None
-    tools: Annotated[Any, BeforeValidator(_tools)] = []
-    tool_choice: Annotated[Any, BeforeValidator(_tool_choice)] = {"mode": "auto"}
+    tools: Annotated[Any, BeforeValidator(_tools), WithJsonSchema(listed(_TOOL))] = []
+    tool_choice: Annotated[Any, BeforeValidator(_tool_choice), WithJsonSchema(_ANY_CHOICE)] = {"mode": "auto"}
     parallel_tool_calls: bool = True
     text: Text = Text()
     reasoning: Reasoning = Reasoning()

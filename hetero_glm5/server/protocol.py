@@ -10,7 +10,7 @@ import dataclasses
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hetero_glm5.core import Grammar, RequestError, SamplingParams
 from hetero_glm5.server import fields
@@ -50,18 +50,26 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Any, BeforeValidator(fields.content)] = None
+    content: fields.Content = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[Any, BeforeValidator(fields.tool_calls)] = None
+    tool_calls: fields.ToolCalls = None
     tool_call_id: str | None = None
+
+
+def _untyped(schema: dict[str, Any], kind: Any) -> None:
+    """Adds what RequestBody says of `ignored` and `unsupported` fields to a model's JSON schema."""
+    for name in sorted(kind.ignored):
+        schema["properties"][name] = {"description": "Accepted; changes nothing."}
+    for name, neutral in kind.unsupported.items():
+        schema["properties"][name] = {"enum": [*neutral, None], "description": "Not supported."}
 
 
 class RequestBody(BaseModel):
     """Fields that are `ignored` change nothing; those that are `unsupported` are accepted only with the values, besides
     null, that ask for nothing."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_untyped)
     ignored: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
@@ -100,10 +108,10 @@ class SamplingRequest(Tuning):
     model: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    logit_bias: Annotated[Any, BeforeValidator(fields.biases)] = {}
+    logit_bias: fields.Biases = {}
     seed: int | None = None
     n: int | None = None
-    stop: Annotated[Any, BeforeValidator(lambda value: [] if value is None else fields.strings(value))] = []
+    stop: fields.Strings = []
     stop_token_ids: Annotated[list[int] | None, Field(fail_fast=True)] = None
     ignore_eos: bool = False
     min_tokens: int = 0
@@ -112,12 +120,12 @@ class SamplingRequest(Tuning):
     cache_salt: Annotated[str | None, Field(max_length=1000)] = None
     rid: Annotated[str | None, Field(max_length=200)] = None
     request_id: Annotated[str | None, Field(max_length=200)] = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_grammar: Any = None
-    guided_choice: Any = None
+    response_format: fields.ResponseFormat = None
+    structured_outputs: fields.Structure = None
+    guided_json: fields.Schema = None
+    guided_regex: fields.Text = None
+    guided_grammar: fields.Text = None
+    guided_choice: fields.Choices = None
 
     @property
     def include_usage(self) -> bool:
@@ -152,7 +160,7 @@ class SamplingRequest(Tuning):
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: Annotated[Any, BeforeValidator(fields.prompts)]
+    prompt: fields.Prompts
     echo: bool | None = False
     logprobs: int | None = None
 
@@ -173,8 +181,8 @@ class ChatRequest(SamplingRequest):
     not. separate_reasoning false leaves the reasoning in the content."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    tools: Annotated[Any, BeforeValidator(fields.tools)] = None
-    tool_choice: Annotated[Any, BeforeValidator(fields.tool_choice)] = "auto"
+    tools: fields.Tools = None
+    tool_choice: fields.ToolChoice = "auto"
     parallel_tool_calls: bool | None = True
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import orjson
@@ -94,7 +95,7 @@ class Service:
         reasoning = self.config.reasoning_parser is not None and asked.separate_reasoning is not False
         opened = text.rstrip().endswith("<think>")
         thinking = reasoning and opened
-        params = asked.sampling(self.defaults, asked.grammar(thinking=thinking))
+        params = self.fitting(asked.sampling(self.defaults, asked.grammar(thinking=thinking)), prompt)
 
         def parser() -> OutputParser:
             return OutputParser(
@@ -112,6 +113,12 @@ class Service:
             raise RequestError("tools need a server started with --tool-call-parser glm47.", "tools")
         text = self.replay.render(self.tokenizer, messages, tools, **asked.template_kwargs)
         return text, self.encode(text)
+
+    def fitting(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
+        """What agents ask for is a bound, often the model's own: it may be more than the prompt leaves of the
+        context."""
+        room = self.worker.context_length - len(prompt)
+        return replace(params, max_tokens=room) if 1 <= room < (params.max_tokens or 0) else params
 
     def encode(self, text: str) -> list[int]:
         """Raises RequestError, for texts that are too long without encoding them."""

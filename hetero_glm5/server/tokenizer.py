@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from hetero_glm5.core import RequestError, SamplingParams, UserError
+from hetero_glm5.core import PromptTooLong, RequestError, SamplingParams, UserError
 from hetero_glm5.model_config import read_json
 from hetero_glm5.server.chat_template import ChatTemplate
 
@@ -125,7 +125,7 @@ class Tokenizer:
                 "prompt",
             ) from error
         if context_length is not None and size > context_length * self._longest:
-            raise RequestError(
+            raise PromptTooLong(
                 f"the prompt has {size} bytes; the context length is {context_length} tokens of at most "
                 f"{self._longest} bytes. Shorten the prompt.",
                 "prompt",

@@ -111,7 +111,8 @@ class Turn:
         self.prompt = service.encode(text)
         opened, parses = text.rstrip().endswith("<think>"), service.config.reasoning_parser is not None
         self._thinking, self._replays = opened and parses, parses or not opened
-        self.params = replace(asked.params, grammar=asked.grammar(self._thinking))
+        params = replace(asked.params, grammar=asked.grammar(self._thinking))
+        self.params = service.fitting(params, self.prompt)
         self._parser = OutputParser(thinking=self._thinking, reasoning=parses, tools=offered, parallel=asked.parallel)
         self._replay, self._prefix = service.replay, call_prefix
         self.usage = Usage(len(self.prompt), reasoning=0)

@@ -1,22 +1,17 @@
 """The server as a process, on a small random checkpoint, through the official openai client."""
 
-import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
 import openai
 import pytest
+from processes import COMMAND, IN_FP32, ONE_THREAD, Process
 
-# Two torch threads on two busy cores wait for each other: a step of this small model then takes 100 times as long.
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-COMMAND = [sys.executable, "-m", "hetero_glm5.launch_server"]
 CARD_FLAGS = (  # the GLM-5 card's launch command, with numbers for this small machine
     "--kt-cpuinfer 2 --kt-threadpool-count 2 --kt-num-gpu-experts 2 --kt-method BF16 --trust-remote-code "
     "--kt-gpu-prefill-token-threshold 1024 --kt-enable-dynamic-expert-update --kt-expert-placement-strategy uniform "
@@ -25,7 +20,6 @@ CARD_FLAGS = (  # the GLM-5 card's launch command, with numbers for this small m
     "--max-total-tokens 4096 --attention-backend flashinfer --fp8-gemm-backend cutlass --kv-cache-dtype bf16 "
     "--watchdog-timeout 3000 --reasoning-parser glm45 --tool-call-parser glm47"
 )
-IN_FP32 = "--dtype float32 --kt-method FP32 --kv-cache-dtype float32"  # else tokens may change when experts move
 HI = [{"role": "user", "content": "Hello, who are you?"}]
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
 
@@ -35,32 +29,6 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     subprocess.run([sys.executable, "-m", "hetero_glm5.demo.random_checkpoint", folder], check=True, timeout=60)
     return folder
-
-
-class Process:
-    """A server process; `url` once it is ready."""
-
-    def __init__(self, *flags):
-        command = [*COMMAND, "--device", "cpu", "--port", "0", *map(str, flags)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, **pipes, env=ONE_THREAD)
-        self.lines: list[str] = []
-        threading.Thread(target=self._read_log, daemon=True).start()
-        self.greeting = self.process.stdout.readline()
-        found = re.search(r"ready at (http://\S+)", self.greeting)
-        assert found, f"{self.greeting}{''.join(self.lines)}"
-        self.url = found[1]
-        self.curl = self.process.stdout.readline()
-
-    def _read_log(self):
-        self.lines.extend(self.process.stderr)
-
-    def wait(self, seconds: float = 20) -> int:
-        return self.process.wait(seconds)
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,7 @@ def test_metrics_count(served):
     assert grown("time_to_first_token_seconds_count") == 1 and grown("inter_token_latency_seconds_count") == 7
     assert after["hetero_glm5:num_running_reqs"] == 0 and 0 <= after["hetero_glm5:token_usage"] <= 1
     assert after["hetero_glm5:spec_accept_length"] >= 1
+    assert grown("host_experts_bytes_total") > 0 and after["hetero_glm5:host_experts_gb_per_s"] > 0
 
 
 def test_flushing_the_cache(served):

@@ -311,7 +311,7 @@ def test_what_the_vocabulary_does_not_have(params, words):
         ({"presence_penalty": -2.5}, "between -2 and 2"),
         ({"frequency_penalty": NAN}, "between -2 and 2"),
         ({"frequency_penalty": "1"}, "a number"),
-        ({"repetition_penalty": 0}, "above 0 and at most 2"),
+        ({"repetition_penalty": 0.001}, "between 0.01 and 2"),
         ({"logit_bias": [1]}, "a mapping"),
         ({"logit_bias": {"1": 1}}, "gives '1' 1"),
         ({"logit_bias": {1: 101}}, "gives 1 101; .* -100 and 100"),

@@ -88,12 +88,16 @@ def run(packed, seed: int, count: int = 12, **options) -> Rig:
 
 
 def run_schedules(packed, seeds: range) -> None:
-    seen, copied = 0, np.zeros(3, dtype=int)
+    seen, copied, routed = 0, np.zeros(3, dtype=int), np.zeros(2, dtype=int)
     for seed in seeds:
         rig = run(packed, seed, slots=1 + seed % 12)
         assert not rig.device.wrong, f"schedule {seed}"
         seen += rig.device.seen
         copied += [copies.count for copies in rig.lines]
+        told = [size / LAYOUT.blob_bytes for size in rig.tiers.copied_bytes.values()]
+        assert told == [copies.count for copies in rig.lines]
+        routed += list(rig.tiers.adaptation.routed_to.values())
+    assert (routed > len(seeds)).all()
     assert seen > 50 * len(seeds) and (copied > len(seeds) // 2).all()  # moves, fetches and streams all took place
 
 

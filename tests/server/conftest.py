@@ -8,7 +8,7 @@ import pytest
 from served import Served, running_server
 
 from hetero_glm5.config import ServerConfig
-from hetero_glm5.core import LoadProgress, QueueFull, RequestError, SamplingParams, Sequence, TokenEvent
+from hetero_glm5.core import LoadProgress, PromptTooLong, QueueFull, SamplingParams, Sequence, TokenEvent
 from hetero_glm5.demo.chat_template import CHAT_TEMPLATE
 from hetero_glm5.demo.tokenizer import build_tokenizer
 from hetero_glm5.server.chat_template import ChatTemplate
@@ -48,7 +48,7 @@ class FakeEngine:
 
     def add(self, tokens: list[int], params: SamplingParams) -> Sequence:
         if len(tokens) >= self.context_length:
-            raise RequestError(f"the prompt has {len(tokens)} tokens; the context length is 1000.", "prompt")
+            raise PromptTooLong(f"the maximum context length is 1000 tokens; the prompt has {len(tokens)}.", "prompt")
         if len(self.running) >= self.most_waiting:
             raise QueueFull("the queue is full.")
         seq = Sequence(list(tokens), params, len(tokens))

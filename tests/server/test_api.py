@@ -159,6 +159,36 @@ def test_errors_have_openais_shape(serve, method, route, content, status, param,
     assert sentence in error["message"] and error["param"] == param
 
 
+def test_a_prompt_that_is_too_long_is_told_as_agents_expect(serve):
+    http = serve(reasoning_parser="glm45").http
+    long = [{"role": "user", "content": "a b c d e " * 400}]
+    for route, body in (
+        ("/v1/chat/completions", {}),
+        ("/v1/completions", {"prompt": [1] * 1001}),
+        ("/v1/responses", {}),
+    ):
+        answer = http.post(route, json=body or {"input" if "resp" in route else "messages": long})
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+    answer = http.post("/v1/messages", json={"messages": long, "max_tokens": 9})
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("prompt is too long: ")
+
+
+@pytest.mark.parametrize(
+    "route, body, field",
+    [
+        (CHAT, HI, "max_tokens"),
+        (CHAT, HI, "max_completion_tokens"),
+        ("/v1/messages", HI, "max_tokens"),
+        ("/v1/responses", {"input": "Hi"}, "max_output_tokens"),
+    ],
+)
+def test_what_agents_allow_an_answer_may_be_more_than_there_is_room_for(serve, fake_engine, route, body, field):
+    engine = fake_engine()
+    assert serve(engine).http.post(route, json={**body, field: 64_000}).status_code == 200
+    (params,) = engine.params
+    assert 950 < params.max_tokens < 1000, "what the prompt leaves"
+
+
 def test_template_kwargs_cannot_replace_the_messages(serve):
     body = {**HI, "max_tokens": 1, "chat_template_kwargs": {"messages": [], "self": 1}}
     assert serve().http.post(CHAT, json=body).status_code == 200

@@ -8,6 +8,7 @@ import pytest
 from hetero_glm5.core import RequestError, UserError
 from hetero_glm5.demo.chat_template import CHAT_TEMPLATE
 from hetero_glm5.server.chat_template import ChatTemplate
+from hetero_glm5.server.protocol import ChatRequest
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "chat_template.json").read_text(encoding="utf-8"))
 USER = [{"role": "user", "content": "Hi"}]
@@ -21,6 +22,9 @@ def template(source: str) -> ChatTemplate:
 def test_vectors(case):
     kwargs = {"clear_thinking": True} | case["kwargs"]  # the vectors leave it unset, which means the same
     assert template(CHAT_TEMPLATE).render(case["messages"], case["tools"], kwargs) == case["prompt"]
+    asked = ChatRequest(messages=case["messages"], tools=case["tools"], chat_template_kwargs=kwargs)
+    told = asked.plain_messages, asked.offered_tools, asked.template_kwargs
+    assert template(CHAT_TEMPLATE).render(*told) == case["prompt"], "through a request's fields"
 
 
 def test_old_reasoning_stays_unless_asked():

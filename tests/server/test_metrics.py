@@ -13,6 +13,11 @@ SNAPSHOT = {name: i + 0.5 for i, name in enumerate(GAUGES)} | {
     "counts": {name: i for i, name in enumerate(COUNTS)},
     "page_store": None,
     "expert_hit_rate": None,
+    "expert_routed_to": None,
+    "expert_copied_bytes": {"moved": 5, "fetched": 6, "streamed": 7},
+    "host_experts_bytes": 0,
+    "host_experts_seconds": 0.0,
+    "host_experts_gb_per_s": None,
 }
 
 
@@ -53,6 +58,17 @@ def test_what_the_engine_tells():
     found = values(told)
     assert [found[f"hetero_glm5:{name}"] for name in GAUGES] == [0.5, 1.5, 2.5, 3.5, 4.5, 2.5]
     assert [found[f"hetero_glm5:{name}_total"] for name in COUNTS] == list(range(len(COUNTS)))
+    assert found["hetero_glm5:expert_copied_bytes_total streamed"] == 7
+    assert not [name for name in found if "host_experts" in name or "expert_selections" in name]
+    told.snapshot = SNAPSHOT | {
+        "expert_routed_to": {"device": 3, "host": 4},
+        "host_experts_bytes": 100,
+        "host_experts_seconds": 2.0,
+        "host_experts_gb_per_s": 1.5,
+    }
+    found = values(told)
+    assert found["hetero_glm5:expert_selections_total host"] == 4 and found["hetero_glm5:host_experts_gb_per_s"] == 1.5
+    assert found["hetero_glm5:host_experts_bytes_total"] == 50 * found["hetero_glm5:host_experts_seconds_total"]
     told.snapshot = SNAPSHOT | {"page_store": {"host_pages": 3}, "expert_hit_rate": {"decode": 0.5, "prefill": None}}
     found = values(told)
     assert found["hetero_glm5:page_store host_pages"] == 3 and found["hetero_glm5:expert_hit_rate decode"] == 0.5

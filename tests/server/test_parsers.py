@@ -1,9 +1,12 @@
 """The output parser against the shared vectors and its own rules, cut in every way."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hetero_glm5.server.parsers import OutputParser, ParsedMessage
 
@@ -37,12 +40,20 @@ def parse(pieces: list[str], thinking: bool, reasoning: bool = True, tools: list
     return message
 
 
+def cut(text: str, places) -> list[str]:
+    ends = [0, *sorted(places), len(text)]
+    return [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+
+
 def cuttings(text: str):
-    """The text whole, one character at a time, and cut in two at every place."""
+    """The text whole, one character at a time, cut in two at every place, and in many at random ones."""
     yield [text]
     yield list(text)
     for place in range(1, len(text)):
-        yield [text[:place], text[place:]]
+        yield cut(text, [place])
+    draw = random.Random(text)
+    for _ in range(50):
+        yield cut(text, draw.sample(range(len(text)), draw.randrange(len(text))))
 
 
 @pytest.mark.parametrize("case", VECTORS["cases"], ids=lambda case: case["text"][:40])
@@ -102,6 +113,35 @@ def test_rules_for_every_cutting(text, thinking, reasoning, content, calls):
     for pieces in cuttings(text):
         got = parse(pieces, thinking)
         assert (got.reasoning, got.content, got.calls or []) == (reasoning, content, calls), pieces
+
+
+TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
+WORDS = [
+    "mix",
+    "get_weather",
+    "list_files",
+    "nope",
+    "s",
+    "i",
+    "o",
+    "city",
+    "7",
+    '{"a": [1]}',
+    "é",
+    "\n",
+    " ",
+    "<",
+    "</",
+    '"',
+]
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(st.lists(st.sampled_from(TAGS + WORDS), max_size=25), st.booleans(), st.data())
+def test_any_text_says_the_same_however_it_is_cut(words, thinking, data):
+    text = "".join(words)
+    places = data.draw(st.sets(st.integers(0, len(text))))
+    assert parse(cut(text, places), thinking) == parse([text], thinking)
 
 
 @pytest.mark.parametrize(
