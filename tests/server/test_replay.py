@@ -35,7 +35,8 @@ VOCABULARY = build_tokenizer(600)
 def service(template: str = CHAT_TEMPLATE) -> SimpleNamespace:
     tokenizer = Tokenizer(VOCABULARY, ChatTemplate({"default": template}, {}, "test"))
     config = SimpleNamespace(tool_call_parser="glm47", reasoning_parser="glm45")
-    return SimpleNamespace(tokenizer=tokenizer, replay=Replay(), config=config, encode=tokenizer.encode)
+    known = {"tokenizer": tokenizer, "replay": Replay(), "config": config, "encode": tokenizer.encode}
+    return SimpleNamespace(fitting=lambda params, prompt: params, **known)
 
 
 def sample(turn: Turn, text: str) -> None:
