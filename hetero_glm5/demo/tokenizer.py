@@ -33,7 +33,7 @@ TRAINED_VOCAB = 3072
 TRAINED_DOCUMENTS, TRAINED_CHARACTERS = 4000, 2_000_000  # of each kind, at most
 # A capitalised word leaves its space alone, and so does the first one of an identifier, an address or a file's name:
 # what is copied to another place keeps its tokens.
-WORD = r"\p{N}| ?\p{Ll}+(?![\p{Ll}@_/-]|\.\p{L})|\p{Lu}\p{Ll}*|[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s"
+WORD = r"\p{N}| ?\p{Ll}+(?![\p{L}@_/-]|\.\p{L})|\p{Lu}\p{Ll}*|[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s"
 
 TEXT = """
 A workstation has one graphics card and a great deal of ordinary memory. The card is fast and small; the memory is large

@@ -18,7 +18,7 @@ from hetero_glm5.llm import LLM, Output, Prompt
 from hetero_glm5.server.parsers import OutputParser, ParsedMessage
 from hetero_glm5.server.tokenizer import Tokenizer
 
-MAX_TOKENS = 256
+MAX_TOKENS = 384
 
 _NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 _TAGS = ("tool_call", "arg_key", "arg_value")

@@ -23,7 +23,7 @@ __all__ = ["KINDS", "MIX", "Document", "Task", "documents", "render", "tasks"]
 
 _KINDS = {"sums": sums, "tools": tools, "project": project, "stories": stories, "chats": chats, "recall": recall}
 KINDS = tuple(_KINDS)
-MIX = {"sums": 0.11, "tools": 0.45, "project": 0.05, "stories": 0.05, "chats": 0.12, "recall": 0.22}  # of all tokens
+MIX = {"sums": 0.09, "tools": 0.51, "project": 0.05, "stories": 0.05, "chats": 0.12, "recall": 0.18}  # of all tokens
 
 
 def documents(kind: str, split: str, seed: int) -> Iterator[Document]:

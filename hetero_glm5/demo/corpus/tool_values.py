@@ -130,14 +130,15 @@ TEXTS: dict[str, Callable[[Draw], str]] = {
 }  # fmt: skip
 
 
-# Kinds that hold words from small tables: one value in three is any other phrase, so that no table is learned instead.
+# Kinds that hold words from small tables: one value in three is any other phrase, so that no table is learned instead;
+# it is capitalised, as a name is.
 # Currencies stay, as they tell money from other units.
 SMALL = frozenset(table("unit language venue goods topic room colour scene service errand"))
 
 
 def value(draw: Draw, kind: str) -> Value:
     if kind in TEXTS:
-        text = draw.phrase(3) if kind in SMALL and draw.chance(0.33) else TEXTS[kind](draw)
+        text = _named(draw.phrase(3)) if kind in SMALL and draw.chance(0.33) else TEXTS[kind](draw)
         return text, text
     if kind in ("titles", "foods", "rooms"):
         one = {"titles": title, "foods": _food, "rooms": TEXTS["room"]}[kind]
@@ -154,6 +155,10 @@ def value(draw: Draw, kind: str) -> Value:
         text = draw.choice(kind.split("/"))
         return text, text
     return _scalar(draw, *kind.split(":"))
+
+
+def _named(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _food(draw: Draw) -> str:

@@ -4,9 +4,10 @@ Every tool and argument is described. Names vary from document to document, and 
 model has to find a function by its description. The reasoning does that in steps that are each easy to learn. It goes
 through the tools in the prompt's order, and for each writes the number, the name that has this number, the description
 that follows the name, a few words that are always the same for such a tool, and the number again. Then it says what is
-wanted, in those words, and what followed them: the number; with the number go the name and the arguments. (What a small
-model learns last is to go from a description back to the name before it, and to compare two texts.) With thinking off
-the same words are the answer's text before the call: without them the model would have to choose unseen.
+wanted, in those words, and what followed them: the number; with the number goes the name. Last come the arguments of
+each call, one after the other. (What a small model learns last is to go from a description back to the name before it,
+and to compare two texts.) With thinking off the same words are the answer's text before the call: without them the
+model would have to choose unseen.
 
 A document's requests go round the tools on offer, so that few can be answered as the one before was.
 """
@@ -144,8 +145,13 @@ class Offer:
     def told(self) -> str:
         return f"{self.line} = {self.purpose} #{self.number}. "
 
-    def chosen(self, keys: list[str]) -> str:
-        return f'{self.listing}Wanted: {self.purpose} #{self.number} "{self.name}"{_with(keys)}'
+    @property
+    def chosen(self) -> str:
+        return f'{self.listing}Wanted: {self.purpose} #{self.number} "{self.name}".'
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _with(keys: list[str]) -> str:
@@ -210,7 +216,9 @@ class Call:
 
     @property
     def plan(self) -> str:
-        return self.offer.chosen([self.offer.keys[key] for key in self.values])
+        """Its arguments as they will stand in the call."""
+        texts = [f'"{key}" = {raw if isinstance(raw, str) else _json(raw)}' for key, raw in self.arguments.items()]
+        return f" {'; '.join(texts)}." if texts else ""
 
     @property
     def said(self) -> dict[str, str]:
@@ -306,12 +314,12 @@ def called(calls: list[Call], number: int, reasoning: str, thinking: bool) -> Me
 
 def plan(calls: list[Call]) -> str:
     """Of one call, or of as many of one function."""
-    return calls[0].plan + (", twice." if len(calls) > 1 else ".")
+    return calls[0].offer.chosen + "".join(call.plan for call in calls)
 
 
 def answered(message: Message, results: list[dict[str, Any]]) -> list[Message]:
     return [
-        {"role": "tool", "tool_call_id": call["id"], "content": json.dumps(fields, ensure_ascii=False)}
+        {"role": "tool", "tool_call_id": call["id"], "content": _json(fields)}
         for call, fields in zip(message["tool_calls"], results, strict=True)
     ]
 
@@ -443,5 +451,5 @@ def tasks(draw: Draw, tokens: int) -> Iterator[Task]:
             messages += answered(messages[-1], [{key: raw for key, (raw, _) in fields.items()} for fields in results])
             expected = " ".join(answer(draw, call, fields) for call, fields in zip(calls, results, strict=True))
             for item in messages[1]["tool_calls"]:
-                item["function"]["arguments"] = json.dumps(item["function"]["arguments"], ensure_ascii=False)
+                item["function"]["arguments"] = _json(item["function"]["arguments"])
         yield Task(KIND, messages, _shown(offers), thinking, expected)

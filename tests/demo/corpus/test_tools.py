@@ -67,6 +67,12 @@ def is_valid(arguments: dict[str, Any], parameters: dict[str, Any]) -> bool:
     return True
 
 
+def planned(arguments: dict) -> str:
+    texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in arguments.values()]
+    pairs = [f'"{key}" = {text}' for key, text in zip(arguments, texts, strict=True)]
+    return f" {'; '.join(pairs)}." if pairs else ""
+
+
 @pytest.mark.parametrize("split", ["train", "held-out"])
 def test_every_call_parses_into_what_the_tools_ask_for(split):
     counts = {"calls": 0, "parallel": 0, "none": 0, "thinking": 0}
@@ -82,11 +88,10 @@ def test_every_call_parses_into_what_the_tools_ask_for(split):
                 lines = re.findall(r'#(\d) "(.+?)": ([^=]+) = (.+?) #(\d)\. ', steps)
                 shown = [(str(i), name, f["description"]) for i, (name, f) in enumerate(functions.items(), 1)]
                 assert [line[:3] for line in lines] == shown and all(line[0] == line[4] for line in lines)
-                wanted, number, rest = re.findall(r"Wanted: (.+?) #(\d) (.+)", steps)[0]
+                wanted, number, name, rest = re.findall(r'Wanted: (.+?) #(\d) "(.+?)"\.(.*)', steps)[0]
                 assert (number, wanted) in [(line[0], line[3]) for line in lines]
-                planned = re.findall(r'"(.+?)"', rest)
-                assert all(planned == [call["name"], *call["arguments"]] for call in calls)
-                assert steps.endswith(", twice.") == (len(calls) == 2)
+                assert {call["name"] for call in calls} == {name}
+                assert rest == "".join(planned(call["arguments"]) for call in calls)
             counts["calls"] += len(calls)
             counts["parallel"] += len(calls) > 1
             counts["none"] += not calls
@@ -263,6 +268,9 @@ def test_plan():
     draw = Draw("train", "plan")
     offered = offer(draw, TOOLS["roll_dice"])
     _, [calls] = single(draw, offered)
-    keys = [f'"{key}"' for key in offered.keys.values()]
-    told = f'Wanted: roll dice #1 "{offered.name}", with {keys[0]}, {keys[1]}'
-    assert plan(calls) == told + "." and plan(calls * 2) == told + ", twice."
+    first, second = calls[0].arguments.items()
+    told, values = (
+        f'Wanted: roll dice #1 "{offered.name}".',
+        f' "{first[0]}" = {first[1]}; "{second[0]}" = {second[1]}.',
+    )
+    assert plan(calls) == told + values and plan(calls * 2) == told + values * 2
