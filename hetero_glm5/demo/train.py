@@ -28,7 +28,7 @@ from hetero_glm5.demo.training.export import export
 from hetero_glm5.demo.training.loop import Plan, checkpoint_path, run
 from hetero_glm5.demo.training.stages import STAGES
 
-TOKENS = {"dense": 16e6, "indexer": 1.2e6, "sparse": 2.5e6, "mtp": 2.5e6}
+TOKENS = {"dense": 25e6, "indexer": 1.2e6, "sparse": 3.5e6, "mtp": 3e6}
 HELD_OUT_SEED = 7
 MODEL = Path(__file__).parent / "model"
 
