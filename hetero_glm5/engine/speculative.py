@@ -19,11 +19,12 @@ from torch import Tensor
 from hetero_glm5.core import Batch, Sequence
 from hetero_glm5.engine.batch import BatchTensors
 from hetero_glm5.engine.draft_depth import DraftDepth
+from hetero_glm5.model.few_rows import MOST_ROWS
 from hetero_glm5.model.moe import Experts
 from hetero_glm5.model.mtp import MTP
 from hetero_glm5.model.state import Cache, Clocked, Rows
 
-TOGETHER = 16  # rows whose keys are made together at the latest
+TOGETHER = MOST_ROWS  # rows whose keys are made together at the latest
 
 Grow = Callable[[Sequence, int], bool]  # gives a sequence pages for so many tokens, if there are any
 
@@ -97,9 +98,14 @@ class Drafter:
             self._following += seq.tokens[first + 1 : first + 1 + len(rows)]
             ended = ended or not seq.decoding
         if kept:
-            at = torch.tensor(kept)
-            self._places.append(self.tensors.places[:, at])
-            self._hidden.append(step.hidden[at.to(step.hidden.device)])
+            count = len(step.hidden)
+            if len(kept) == count:
+                self._places.append(self.tensors.places[:, :count].clone())
+                self._hidden.append(step.hidden)
+            else:
+                at = torch.tensor(kept)
+                self._places.append(self.tensors.places[:, at])
+                self._hidden.append(step.hidden[at.to(step.hidden.device)])
         if drafting or ended or len(self._following) >= TOGETHER:
             self.catch_up(step.rows.clock)
 

@@ -75,7 +75,7 @@ def test_what_is_claimed_of_it():
     assert abs(found["sparse"]["all"]["ratio"] - 1) <= 0.03
     for method, answers in found["answers"].items():
         shares = {task: marks["right"] / marks["asked"] for task, marks in answers.items()}
-        assert shares["sums"] >= 0.85 and shares["project"] >= 0.95 and shares["chats"] >= 0.8, method
+        assert shares["sums"] >= 0.95 and shares["project"] >= 0.95 and shares["chats"] >= 0.8, method
         assert shares["recall 2048"] >= 0.8, method  # of 10
-        assert shares["tools: calls"] >= 0.7, method  # wanted are 0.95, and 0.95 of the sums
+        assert shares["tools: calls"] >= 0.9, method  # of 30; of 1,206 0.96 are right
     assert found["drafting"]["all"]["shares"][0] >= 0.7
