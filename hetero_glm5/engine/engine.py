@@ -200,8 +200,8 @@ class Engine:
         room = self.context_length - len(tokens)
         if room < 1:
             raise PromptTooLong(
-                f"this model's maximum context length is {self.context_length} tokens, of which one must be left for "
-                f"the answer; the prompt has {len(tokens)}. Shorten the prompt, or start with a larger "
+                f"the prompt has {len(tokens)} tokens > {self.context_length} maximum. This model's maximum context length "
+                f"is {self.context_length} tokens, one of them for the answer. Shorten the prompt, or start with a larger "
                 "--context-length or --max-total-tokens.",
                 "prompt",
             )

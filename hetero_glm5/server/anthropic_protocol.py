@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from hetero_glm5.core import MOST_STOP_CHARACTERS, MOST_STOPS, RequestError, SamplingParams
-from hetero_glm5.server.fields import OBJECT, TEXT, TEXT_PART, form, listed, shown
+from hetero_glm5.server.fields import LEFT_OUT, OBJECT, TEXT, TEXT_PART, form, listed, readable, shown
 from hetero_glm5.server.protocol import SparseBody
 from hetero_glm5.server.tokenizer import SamplingDefaults
 from hetero_glm5.server.turn import Asked
@@ -30,12 +30,13 @@ _BLOCKS = {
     "system": ("text",),
 }
 _TEXT_BLOCKS = {"anyOf": [TEXT, listed(TEXT_PART)]}
+_RESULT = {"anyOf": [TEXT, listed({"anyOf": [TEXT_PART, LEFT_OUT]})]}
 _KINDS = {str: TEXT, dict: OBJECT}
 _ANY_BLOCK = {
     "anyOf": [
         form(
             {"type": {"const": kind}} | {name: _KINDS[wanted] for name, wanted in needed.items()},
-            {"content": _TEXT_BLOCKS, "is_error": {"type": "boolean"}} if kind == "tool_result" else {},
+            {"content": _RESULT, "is_error": {"type": "boolean"}} if kind == "tool_result" else {},
         )
         for kind, needed in _FIELDS.items()
     ]
@@ -58,7 +59,7 @@ def _blocks(value: Any, usable: tuple[str, ...] = ("text",)) -> list[dict[str, A
                 raise ValueError(f"has a {kind} block at [{i}] whose {name} is missing or no {wanted.__name__}")
         if kind == "tool_result":
             try:
-                _blocks(block.get("content") or "")
+                _blocks(readable(block.get("content") or ""))
             except ValueError as error:
                 raise ValueError(f"has a tool_result at [{i}] whose content {error}") from error
     return value
@@ -218,5 +219,5 @@ def _call(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def _result(block: dict[str, Any]) -> str:
-    text = "".join(part["text"] for part in _blocks(block.get("content") or ""))
+    text = "".join(part["text"] for part in _blocks(readable(block.get("content") or "")))
     return f"Error: {text}" if block.get("is_error") is True else text

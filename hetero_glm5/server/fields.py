@@ -44,6 +44,16 @@ def content(value: Any) -> str | list[dict[str, str]] | None:
     return value
 
 
+def readable(output: Any) -> Any:
+    """A tool's output with a text in the place of what the model cannot read. Agents send such outputs again with each
+    turn, so that refusing one would end the conversation."""
+    if not isinstance(output, list):
+        return output
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in output]
+    left_out = [{"type": "text", "text": f"[{kind} left out: this model reads text only]"} for kind in kinds]
+    return [a if kind in UNREADABLE else b for a, b, kind in zip(left_out, output, kinds, strict=True)]
+
+
 def tool_calls(value: Any) -> list[dict[str, Any]] | None:
     if value is None:
         return None
@@ -106,10 +116,12 @@ def form(required: dict[str, Any], optional: dict[str, Any] | None = None) -> di
     return {"type": "object", "properties": required | (optional or {}), "required": list(required)}
 
 
+UNREADABLE = ("image", "document", "input_image", "input_file")
 TEXT = {"type": "string"}
 NULL = {"type": "null"}
 OBJECT = {"type": "object"}
 TOKEN_IDS = listed({"type": "integer", "minimum": 0})
+LEFT_OUT = form({"type": {"enum": list(UNREADABLE)}})
 TEXT_PART = form({"type": {"const": "text"}, "text": TEXT})
 _NAMED = form({"name": TEXT}, {"description": TEXT, "parameters": OBJECT})
 _CALLED = form({"name": TEXT, "arguments": {"anyOf": [TEXT, OBJECT]}})

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from hetero_glm5.core import RequestError, SamplingParams
-from hetero_glm5.server.fields import OBJECT, TEXT, form, listed, shown
+from hetero_glm5.server.fields import LEFT_OUT, OBJECT, TEXT, form, listed, readable, shown
 from hetero_glm5.server.protocol import SparseBody
 from hetero_glm5.server.tokenizer import SamplingDefaults
 from hetero_glm5.server.tool_grammar import ANY_JSON
@@ -64,7 +64,7 @@ def _call(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _output(item: dict[str, Any]) -> dict[str, Any]:
-    return {"role": "tool", "tool_call_id": _string(item, "call_id"), "content": _text(item.get("output"))}
+    return {"role": "tool", "tool_call_id": _string(item, "call_id"), "content": _text(readable(item.get("output")))}
 
 
 def _reasoning(item: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +141,9 @@ def _tool_choice(value: Any) -> dict[str, Any]:
     raise ValueError(f"is {shown(value)}; it must be auto, none, required, a function or allowed_tools")
 
 
-_TEXT = {"anyOf": [TEXT, listed(form({"type": {"enum": list(_TEXTS)}, "text": TEXT}))]}
+_PART = form({"type": {"enum": list(_TEXTS)}, "text": TEXT})
+_TEXT = {"anyOf": [TEXT, listed(_PART)]}
+_OUTPUT = {"anyOf": [TEXT, listed({"anyOf": [_PART, LEFT_OUT]})]}
 _ANY_ITEM = {
     "anyOf": [
         form(
@@ -149,7 +151,7 @@ _ANY_ITEM = {
             {"type": {"const": "message"}},
         ),
         form({"type": {"const": "function_call"}, "call_id": TEXT, "name": TEXT, "arguments": TEXT}),
-        form({"type": {"const": "function_call_output"}, "call_id": TEXT, "output": _TEXT}),
+        form({"type": {"const": "function_call_output"}, "call_id": TEXT, "output": _OUTPUT}),
         form({"type": {"const": "reasoning"}}, {"content": _TEXT, "summary": _TEXT, "encrypted_content": TEXT}),
     ]
 }

@@ -108,6 +108,15 @@ def test_what_changes_nothing_is_accepted():
     )
 
 
+def test_a_picture_in_a_tools_result_is_left_out():
+    """It comes again with each turn: a refusal would end the conversation."""
+    call = {"type": "tool_use", "id": "t1", "name": "read", "input": {}}
+    shows = result([{"type": "image", "source": {}}, {"type": "text", "text": " and words"}])
+    turns = [USER, {"role": "assistant", "content": [call]}, {"role": "user", "content": [shows]}]
+    told = read(messages=turns).asked(SamplingParams()).messages[-1]
+    assert told["content"] == "[image left out: this model reads text only] and words"
+
+
 def test_effort_reaches_the_template():
     asked = read(thinking={"type": "adaptive"}, output_config={"effort": "high"}).asked(SamplingParams())
     assert asked.template == {"enable_thinking": True, "reasoning_effort": "high"}
@@ -124,7 +133,7 @@ def test_effort_reaches_the_template():
         ),
         ([{"role": "user", "content": [{"type": "document"}]}], {}, "messages", "'document'"),
         (
-            [{"role": "user", "content": [result([{"type": "image"}])]}],
+            [{"role": "user", "content": [result([{"type": "video"}])]}],
             {},
             "messages",
             "tool_result at [0] whose content",
