@@ -200,9 +200,9 @@ class Engine:
         room = self.context_length - len(tokens)
         if room < 1:
             raise PromptTooLong(
-                f"the prompt has {len(tokens)} tokens > {self.context_length} maximum. This model's maximum context length "
-                f"is {self.context_length} tokens, one of them for the answer. Shorten the prompt, or start with a larger "
-                "--context-length or --max-total-tokens.",
+                f"the prompt has {len(tokens)} tokens > {self.context_length} maximum. This model's maximum context "
+                f"length is {self.context_length} tokens, one of them for the answer. Shorten the prompt, or start with "
+                "a larger --context-length or --max-total-tokens.",
                 "prompt",
             )
         if params.max_tokens is not None and params.max_tokens > room:
