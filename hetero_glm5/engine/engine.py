@@ -201,8 +201,8 @@ class Engine:
         if room < 1:
             raise PromptTooLong(
                 f"the prompt has {len(tokens)} tokens > {self.context_length} maximum. This model's maximum context "
-                f"length is {self.context_length} tokens, one of them for the answer. Shorten the prompt, or start with "
-                "a larger --context-length or --max-total-tokens.",
+                f"length is {self.context_length} tokens, one of them for the answer. Shorten the prompt, or start "
+                "with a larger --context-length or --max-total-tokens.",
                 "prompt",
             )
         if params.max_tokens is not None and params.max_tokens > room:
