@@ -88,7 +88,7 @@ def test_drafting_compares_the_same_work(options, monkeypatch):
     rows = bench_engine.drafted(options, plain, drafts, 2, 1.0)
     plain.close()
     drafts.close()
-    assert len(rows) == 2 * (1 + MOST + 2)
+    assert len(rows) == 2 * (1 + len(bench_engine.FIXED) + 2)
     assert all(row["tokens/step"] >= 1 and row["tokens/s"] > 0 for row in rows)
     assert {row["to off"] for row in rows if row["depth"] == "off"} == {1.0}
     assert all(len(row["accepted"].split()) >= (row["depth"] == "1") for row in rows)
