@@ -174,7 +174,7 @@ class ExpertTiers:
     def _start_host(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Join:
         if self.stream is None:
             host = self.host[layer]
-            y = self.reads.timed(ids, host.packed.layout.blob_bytes, lambda: host(x, ids, weights))
+            y = self.reads.timed(ids, self.device.layout.blob_bytes, lambda: host(x, ids, weights))
             return lambda: y
         return self.host[layer].start(self.stream(x.device), x, ids, weights)
 
