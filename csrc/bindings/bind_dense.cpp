@@ -112,8 +112,7 @@ class AttentionHandle {
     attention_ = std::make_unique<Attention>(s, w);
   }
 
-  template <void (Attention::*work)(const AttentionCall&) const>
-  void run(StepHandle& handle, py::array x, py::array latents, std::optional<py::array> index) {
+  void forward(StepHandle& handle, py::array x, py::array latents, std::optional<py::array> index) {
     Step& step = handle.step;
     CHECK(step.rope == shape_.rope, "the step turns ", step.rope, " values, the layer ", shape_.rope);
     CHECK(index.has_value() == (shape_.index_heads > 0), "an indexer's keys go with an indexer");
@@ -121,7 +120,7 @@ class AttentionHandle {
     const Floats stream = float_rows("x", x, step.rows(), hidden_);
     const Keys cached = keys("latents", latents, shape_.latent + shape_.rope, most);
     const Keys of_index = index ? keys("index", *index, shape_.index_dim, most) : Keys{};
-    space_->run([&](Workspace& space) { (*attention_.*work)({space, step, stream, cached, of_index}); });
+    space_->run([&](Workspace& space) { attention_->forward({space, step, stream, cached, of_index}); });
   }
 
  private:
@@ -234,11 +233,9 @@ void bind_dense(py::module_& m) {
   py::class_<StepHandle>(m, "DenseStep")
       .def(py::init(&make_step), py::arg("positions"), py::arg("slots"), py::arg("runs"), py::arg("rope"), py::arg("theta"),
            py::arg("topk"));
-  using Handle = AttentionHandle;
-  py::class_<Handle>(m, "DenseAttention")
+  py::class_<AttentionHandle>(m, "DenseAttention")
       .def(py::init<SharedSpace, const py::dict&, const py::dict&>(), py::arg("workspace"), py::arg("sizes"), py::arg("arrays"))
-      .def("forward", &Handle::run<&Attention::forward>, py::arg("step"), py::arg("x"), py::arg("latents"), py::arg("index"))
-      .def("remember", &Handle::run<&Attention::remember>, py::arg("step"), py::arg("x"), py::arg("latents"), py::arg("index"));
+      .def("forward", &AttentionHandle::forward, py::arg("step"), py::arg("x"), py::arg("latents"), py::arg("index"));
   py::class_<FeedForwardHandle>(m, "DenseFeedForward")
       .def(py::init<SharedSpace, py::array, float, py::array, py::array>(), py::arg("workspace"), py::arg("norm"), py::arg("eps"),
            py::arg("gate_up"), py::arg("down"))

@@ -45,9 +45,10 @@ void best_slots(const float* scores, int64_t count, int64_t wanted, const int64_
 void Attention::forward(const AttentionCall& call) const {
   auto& [space, step, x, latents, index] = call;
   ThreadPool& threads = space.pool.threads;
-  const int64_t rows = step.rows(), width = s_.nope + s_.rope;
-  const Floats projected = project(call, w_.down.rows);
+  const int64_t rows = step.attending(), width = s_.nope + s_.rope;
+  const Floats projected = project(call, rows > 0 ? w_.down.rows : keys_width());
   write(call, projected);
+  if (rows == 0) return;
 
   const Floats q_latent = projected.from(keys_width());
   for (int64_t t = 0; t < rows; t++) space.kernels().rms_norm({q_latent[t], w_.q_norm, s_.q_lora, s_.latent_eps, q_latent[t]});
@@ -64,8 +65,6 @@ void Attention::forward(const AttentionCall& call) const {
   });
   multiply(space, w_.o, heads, rows, x, true);
 }
-
-void Attention::remember(const AttentionCall& call) const { write(call, project(call, keys_width())); }
 
 // The first rows of `down` times RMS(x).
 Floats Attention::project(const AttentionCall& call, int64_t rows_of_down) const {
@@ -96,7 +95,7 @@ void Attention::write(const AttentionCall& call, Floats projected) const {
 void Attention::select(const AttentionCall& call, Floats q_latent, Floats head_weights) const {
   Workspace& space = call.space;
   Step& step = call.step;
-  const int64_t rows = step.rows(), most = *std::max_element(step.seen.begin(), step.seen.end());
+  const int64_t rows = step.attending(), most = *std::max_element(step.seen.begin(), step.seen.end());
   step.chosen.resize(rows * step.topk);
   const Floats q = space.index_queries.shape(rows, s_.index_heads * s_.index_dim);
   multiply(space, w_.index_q, q_latent, rows, q);

@@ -32,10 +32,8 @@ class Attention {
  public:
   Attention(const AttentionShape& shape, const AttentionWeights& weights) : s_(shape), w_(weights) {}
 
-  // x += attention; the rows' keys are written to the caches.
+  // x += attention, of the rows that attend; all rows' keys are written to the caches.
   void forward(const AttentionCall& call) const;
-  // Only writes the keys.
-  void remember(const AttentionCall& call) const;
 
  private:
   int64_t keys_width() const { return s_.latent + s_.rope + s_.index_dim; }

@@ -8,12 +8,11 @@ namespace hetero {
 Step::Step(const std::vector<int64_t>& positions, std::vector<int64_t> slots, const std::vector<Run>& runs, int64_t rope,
            double theta, int64_t topk)
     : rope(rope), topk(topk), slots(std::move(slots)), contexts(rows(), nullptr), seen(rows(), 0), rotation_(rows() * rope) {
-  int64_t row = 0;
   for (const Run& run : runs)
-    for (int64_t i = 0; i < run.rows; i++, row++) {
-      contexts[row] = run.context;
-      seen[row] = positions[row] + 1;
-      any_long_ = any_long_ || is_long(row);
+    for (int64_t i = 0; i < run.rows; i++, attending_++) {
+      contexts[attending_] = run.context;
+      seen[attending_] = positions[attending_] + 1;
+      any_long_ = any_long_ || is_long(attending_);
     }
   for (int64_t j = 0; j < rope; j += 2) {
     const double frequency = std::pow(theta, -static_cast<double>(j) / static_cast<double>(rope));

@@ -13,11 +13,12 @@ struct Run {  // rows of one sequence, its last; `context`: the cache slots of i
 
 class Step {
  public:
-  // positions, slots: of each row. Rows beyond the runs' (whose keys are only cached) see nothing.
+  // positions, slots: of each row. Of rows beyond the runs' only the keys are cached.
   Step(const std::vector<int64_t>& positions, std::vector<int64_t> slots, const std::vector<Run>& runs, int64_t rope,
        double theta, int64_t topk);
 
   int64_t rows() const { return static_cast<int64_t>(slots.size()); }
+  int64_t attending() const { return attending_; }  // the runs' rows, the first
   bool is_long(int64_t row) const { return seen[row] > topk; }  // an indexer chooses for it
   bool any_long() const { return any_long_; }
   int64_t attended(int64_t row) const { return is_long(row) ? topk : seen[row]; }
@@ -34,6 +35,7 @@ class Step {
 
  private:
   std::vector<float> rotation_;  // [rows][rope]: cosine and sine of each pair
+  int64_t attending_ = 0;
   bool any_long_ = false;
 };
 

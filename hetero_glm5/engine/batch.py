@@ -7,17 +7,13 @@ positions lie in the cache; a row is written when the sequence gets pages, not f
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import Batch, Sequence
 from hetero_glm5.model.state import Clocked, Rows, Segment
-
-FEW = 8  # rows of a sequence that plain numbers are quicker for than arrays
 
 
 def decoded_rows(batch: Batch) -> Tensor:
@@ -68,15 +64,6 @@ class BatchTensors:
         used = set(self._places.values())
         return next(place for place in range(len(self._known)) if place not in used)
 
-    def _places_of(self, seq: Sequence, first: int, last: int) -> tuple[Any, Any]:
-        """Positions, and their cache slots."""
-        size, pages = self.page_size, seq.pages
-        if last - first <= FEW:
-            return range(first, last), [pages[p // size] * size + p % size for p in range(first, last)]
-        positions = np.arange(first, last)
-        owned = np.asarray(pages[first // size :])
-        return positions, owned[positions // size - first // size] * size + positions % size
-
     @property
     def places(self) -> Tensor:
         """Positions and slots of the batch's rows, int64 [2, rows], on the CPU."""
@@ -92,13 +79,16 @@ class BatchTensors:
 
     def place(self, runs: Iterable[tuple[Sequence, int, list[int]]], clock: Clocked) -> Rows:
         """Rows for runs of tokens: whose, the first one's position, their ids."""
-        at, segments = 0, []
+        segments, ids, positions, slots = [], [], [], []
+        size = self.page_size
         for seq, first, tokens in runs:
-            stop, last = at + len(tokens), first + len(tokens)
-            segments.append(Segment(at, stop, self.context(seq, last)))
-            self._staged[:, at:stop] = (tokens, *self._places_of(seq, first, last))
-            at = stop
+            start, last, pages = len(ids), first + len(tokens), seq.pages
+            segments.append(Segment(start, start + len(tokens), self.context(seq, last)))
+            ids += tokens
+            positions += range(first, last)
+            slots += [pages[p // size] * size + p % size for p in range(first, last)]
+        at = len(ids)
+        self._staged[:, :at] = ids, positions, slots
         if self._there is not self._here:
             self._there[:, :at].copy_(self._here[:, :at], non_blocking=True)
-        ids, positions, slots = self._there[:, :at]
-        return Rows(token_ids=ids, positions=positions, slots=slots, segments=segments, clock=clock)
+        return Rows(*self._there[:, :at], segments=segments, clock=clock)

@@ -66,7 +66,7 @@ class Drafter:
             count = min(wanted, _useful(seq, context_length))
             if count > 0 and grow(seq, len(seq.tokens) - 1 + count):
                 todo[seq] = count
-        self._remember(step, known, todo)
+        self._note(step, known, todo)
         if todo:
             self._draft(step, {seq: known[seq][-1] for seq in todo}, todo)
             self.depth.drafted(len(todo), max(todo.values()), time.perf_counter() - started)
@@ -82,13 +82,13 @@ class Drafter:
                 [(seq, len(seq.tokens) - 2 + number, [(seq.tokens[-1], *seq.drafts)[-1]]) for seq in seqs],
                 step.rows.clock,
             )
-            state = self.mtp.forward(state, rows, self.cache, self.experts)
+            state = self.mtp.forward(state, rows, self.cache, self.experts, self._take_noted(step.rows.clock))
             for seq, token in zip(seqs, self.mtp.model.logits(state).argmax(-1).tolist(), strict=True):
                 seq.drafts += (token,)
 
-    def _remember(self, step: Computed, known: dict[Sequence, range], drafting: Container[Sequence]) -> None:
-        """Notes the known rows, but for the last one of a sequence that is drafted for: drafting makes its key. While
-        nothing is drafted and nothing ends, the keys of several steps are made together."""
+    def _note(self, step: Computed, known: dict[Sequence, range], drafting: Container[Sequence]) -> None:
+        """Notes the known rows, but for the last one of a sequence that is drafted for: drafting makes its key, and
+        those of all that are noted. While nothing is drafted and nothing ends, several steps' are made together."""
         kept: list[int] = []
         ended = False
         for seq, first in step.chunks:
@@ -106,19 +106,24 @@ class Drafter:
                 at = torch.tensor(kept)
                 self._places.append(self.tensors.places[:, at])
                 self._hidden.append(step.hidden[at.to(step.hidden.device)])
-        if drafting or ended or len(self._following) >= TOGETHER:
+        if not drafting and (ended or len(self._following) >= TOGETHER):
             self.catch_up(step.rows.clock)
 
     def catch_up(self, clock: Clocked) -> None:
         """Makes the keys of the rows that were noted. (Should a row's page have gone to another sequence meanwhile,
         that one's drafts may be worse for it; no token depends on these keys.)"""
+        if noted := self._take_noted(clock):
+            self.mtp.remember(*noted, self.cache)
+
+    def _take_noted(self, clock: Clocked) -> tuple[Tensor, Rows] | None:
+        """The arguments of MTP.remember."""
         if not self._following:
-            return
+            return None
         hidden = torch.cat(self._hidden)
         positions, slots = torch.cat(self._places, 1).to(hidden.device)
         tokens = torch.tensor(self._following, device=hidden.device)
         self._following, self._places, self._hidden = [], [], []
-        self.mtp.remember(hidden, Rows(tokens, positions, slots, segments=[], clock=clock), self.cache)
+        return hidden, Rows(tokens, positions, slots, segments=[], clock=clock)
 
 
 def _known(step: Computed) -> dict[Sequence, range]:

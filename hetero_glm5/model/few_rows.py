@@ -76,7 +76,8 @@ class RowFunction:
 
 
 class FewLayer:
-    """A layer's x += Attention(RMS(x)); x += FFN(RMS(x)), in place on x fp32 [T, hidden]."""
+    """A layer's x += Attention(RMS(x)); x += FFN(RMS(x)), in place on x fp32 [T, hidden]. Of rows in no segment only the
+    keys are cached."""
 
     def __init__(self, config: ModelConfig, space: _C.DenseWorkspace, layer: Layer):
         self.number, self._topk = layer.attention.layer, config.num_experts_per_tok
@@ -100,26 +101,25 @@ class FewLayer:
             )
 
     def __call__(self, x: Tensor, step: FewStep, experts: Experts) -> None:
-        clock, stream = step.rows.clock, x.numpy()
-        with clock("attention"):
-            self._attention.forward(step.host, stream, *self._caches(step))
-        normed = torch.empty_like(x)
+        self.attend(x, step)
+        clock, rows = step.rows.clock, step.rows.attending
+        stream, normed = x.numpy()[:rows], torch.empty(rows, x.shape[1])
         if not self._routes:
             with clock(self.part):
                 self._mlp.begin(stream, normed.numpy(), None, None)
                 self._mlp.end(stream, None)
             return
-        ids, weights = torch.empty(len(x), self._topk, dtype=torch.int64), torch.empty(len(x), self._topk)
+        ids, weights = torch.empty(rows, self._topk, dtype=torch.int64), torch.empty(rows, self._topk)
         with clock(self.part):  # the router's part too
             self._mlp.begin(stream, normed.numpy(), ids.numpy(), weights.numpy())
         routed = experts(self.number, normed.to(self._type), ids, weights, clock)()
         with clock(self.part):
             self._mlp.end(stream, routed.numpy())
 
-    def remember(self, x: Tensor, step: FewStep) -> None:
-        """Only caches the rows' keys."""
+    def attend(self, x: Tensor, step: FewStep) -> None:
+        """The first half."""
         with step.rows.clock("attention"):
-            self._attention.remember(step.host, x.numpy(), *self._caches(step))
+            self._attention.forward(step.host, x.numpy(), *self._caches(step))
 
     def _caches(self, step: FewStep) -> tuple[np.ndarray, np.ndarray | None]:
         index = step.cache.index[self.number] if self._indexes else None

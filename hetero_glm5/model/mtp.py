@@ -36,21 +36,28 @@ class MTP:
             self._few_norms = self.few.norm(self.enorm), self.few.norm(self.hnorm)
             self._few_proj = self.few.product(self.eh_proj)
 
-    def forward(self, hidden: Tensor, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rows: Rows, cache: Cache, experts: Experts, before: tuple[Tensor, Rows] | None = None
+    ) -> Tensor:
         """m [T, hidden] from the model's hidden states [T, hidden] at the rows' positions; rows.token_ids are the
-        *next* tokens t_{i+1}. Draft logits: model.logits(m)."""
-        if few := self.few and self.few.step(rows, cache):
-            stream = self._few_z(hidden, rows)
+        *next* tokens t_{i+1}. Draft logits: model.logits(m). `before`: what remember is to be called with first."""
+        all_rows = rows if before is None else rows.followed_by(before[1])
+        if few := self.few and self.few.step(all_rows, cache):
+            stream = self._few_z(hidden if before is None else torch.cat((hidden, before[0])), all_rows)
             self._few_layer(stream, few, experts)
-            return self._few_norm(stream).to(hidden.dtype)
+            return self._few_norm(stream[: len(hidden)]).to(hidden.dtype)
+        if before is not None:
+            self.remember(*before, cache)
+            return self.forward(hidden, rows, cache, experts)
         z, step = self._z(hidden, rows), Step.of(rows, self.config)
         y, _ = self.layer(z, step, cache, experts, [None] * len(step.groups))
         return self.norm(y)
 
     def remember(self, hidden: Tensor, rows: Rows, cache: Cache) -> None:
-        """Only caches the keys of rows that draft nothing: no attention, no experts. Arguments as for forward."""
+        """Only caches the keys of rows of no segment, that draft nothing: no attention, no experts. Arguments as for
+        forward."""
         if few := self.few and self.few.step(rows, cache):
-            self._few_layer.remember(self._few_z(hidden, rows), few)
+            self._few_layer.attend(self._few_z(hidden, rows), few)
         else:
             self.layer.remember(self._z(hidden, rows), Step.of(rows, self.config), cache)
 

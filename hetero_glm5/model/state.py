@@ -37,13 +37,25 @@ class Segment:
 
 @dataclass(frozen=True)
 class Rows:
-    """T rows: decode rows and prefill chunks of several sequences, one after the other."""
+    """T rows: decode rows and prefill chunks of several sequences, one after the other. Behind them come, where a call
+    allows for it, rows of no segment: only their keys are cached."""
 
     token_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T], within the row's sequence
     slots: Tensor  # int64 [T], where the row's keys go in the cache
     segments: list[Segment]
     clock: Clocked = no_clock
+
+    @property
+    def attending(self) -> int:
+        """How many are in segments."""
+        return self.segments[-1].stop if self.segments else 0
+
+    def followed_by(self, others: Rows) -> Rows:
+        """These, and behind them rows of no segment."""
+        ids, positions = (self.token_ids, others.token_ids), (self.positions, others.positions)
+        slots = torch.cat((self.slots, others.slots))
+        return Rows(torch.cat(ids), torch.cat(positions), slots, self.segments, self.clock)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Few rows over _C beside the same model in torch."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_hidden_states_and_keys_are_torchs(checkpoints, variant, isa):
     torch.testing.assert_close(few.logits(got[:MOST_ROWS]), model.logits(want[:MOST_ROWS]), rtol=1e-4, atol=2e-4)
 
     want = mtp.forward(want, whole, cache, experts)
-    few_mtp.remember(got[: CUTS[2]], rows_of(IDS, (0, CUTS[2], 0)), few_cache)
+    few_mtp.remember(got[: CUTS[2]], replace(rows_of(IDS, (0, CUTS[2], 0)), segments=[]), few_cache)
     got = torch.cat(
         [
             few_mtp.forward(got[a:b], rows_of(IDS, (a, b, 0)), few_cache, experts)

@@ -1,11 +1,14 @@
 """Rows that draft nothing leave the cache as rows that do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import random_ids
 from tiny import tiny_checkpoint
 from tiny_model import load_model, rows_of
 
+from hetero_glm5.experts.cpu_tier import HostPool
 from hetero_glm5.model.state import Cache
 
 T = 40  # longer than index_topk 16: the layer's own indexer chooses
@@ -16,8 +19,9 @@ ULP = {"float32": 1e-6, "bfloat16": 2**-7, "fp8_e4m3": 2**-3}
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8_e4m3"])
 @pytest.mark.parametrize("split", [1, 10, T - 2])
-def test_remembered_rows_serve_like_computed_ones(checkpoints, dtype, split):
-    model, mtp, experts = load_model(tiny_checkpoint(checkpoints))
+@pytest.mark.parametrize("few", [False, True])
+def test_remembered_rows_serve_like_computed_ones(checkpoints, dtype, split, few):
+    model, mtp, experts = load_model(tiny_checkpoint(checkpoints), HostPool(2) if few else None)
     hidden = torch.randn(T, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
 
     def fresh() -> Cache:
@@ -28,9 +32,10 @@ def test_remembered_rows_serve_like_computed_ones(checkpoints, dtype, split):
 
     computed, remembered = fresh(), fresh()
     want = mtp.forward(hidden, rows_of(IDS, (0, T, 0)), computed, experts)
-    mtp.remember(hidden[:split], rows_of(IDS, (0, split, 0)), remembered)
-    mtp.remember(hidden[split : T - 1], rows_of(IDS, (split, T - 1, 0)), remembered)
-    got = mtp.forward(hidden[T - 1 :], rows_of(IDS, (T - 1, T, 0)), remembered, experts)
+    first, second = (replace(rows_of(IDS, (a, b, 0)), segments=[]) for a, b in ((0, split), (split, T - 1)))
+    mtp.remember(hidden[:split], first, remembered)
+    before = hidden[split : T - 1], second
+    got = mtp.forward(hidden[T - 1 :], rows_of(IDS, (T - 1, T, 0)), remembered, experts, before)
     assert want.isfinite().all()
     for a, b in zip(computed.stores, remembered.stores, strict=True):
         have, keys = a.read(torch.arange(T)), b.read(torch.arange(T))
