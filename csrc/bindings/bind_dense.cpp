@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "bindings/pool_handle.h"
+#include "dense/attend.h"
 #include "dense/attention.h"
 #include "dense/feed_forward.h"
 
@@ -59,9 +60,41 @@ struct WorkspaceHandle {
 };
 using SharedSpace = std::shared_ptr<WorkspaceHandle>;
 
+Keys cached_keys(const char* name, py::array& a, int64_t width, const Step& step) {
+  const bool bf16 = is_bf16(name, a);
+  const int64_t slot = step.rows() > 0 ? *std::max_element(step.slots.begin(), step.slots.end()) : -1;
+  const bool fits = a.shape(1) == width && slot < a.shape(0);
+  CHECK(fits, name, " has shape ", shape_text(a), ", must be [more than ", slot, ", ", width, "]");
+  CHECK(a.writeable(), name, " is read-only");
+  return {a.mutable_data(), bf16, width};
+}
+
 struct StepHandle {
   std::vector<py::array> contexts;
   Step step;
+
+  void select(WorkspaceHandle& space, py::array q, py::array weights, py::array keys) {
+    const Queries queries = queries_of(q);
+    const Floats of_heads = float_rows("weights", weights, step.rows(), queries.heads);
+    const Keys read = cached_keys("keys", keys, q.shape(2), step);
+    space.run([&](Workspace& work) { hetero::select(work, step, read, queries, of_heads); });
+  }
+  void attend(WorkspaceHandle& space, py::array q, py::array keys, float scale, py::array out) {
+    const Queries queries = queries_of(q);
+    check_array<float>("out", out, {step.rows(), queries.heads, -1});
+    const int64_t latent = out.shape(2);
+    CHECK(latent <= q.shape(2), "out has ", latent, " columns, more than the keys' ", q.shape(2));
+    const Keys read = cached_keys("keys", keys, q.shape(2), step);
+    float* mixed = writable<float>("out", out);
+    space.run([&](Workspace& work) { hetero::attend(work, step, read, queries, scale, {mixed, latent}); });
+  }
+
+ private:
+  Queries queries_of(py::array& q) const {  // [rows][heads][keys' width]
+    CHECK(step.attending() == step.rows(), step.attending(), " of ", step.rows(), " rows attend, all must");
+    check_array<float>("q", q, {step.rows(), -1, -1});
+    return {{writable<float>("q", q), q.shape(1) * q.shape(2)}, q.shape(1)};
+  }
 };
 
 StepHandle make_step(const py::array& positions, const py::array& slots, const std::vector<std::pair<int64_t, py::array>>& runs,
@@ -116,22 +149,13 @@ class AttentionHandle {
     Step& step = handle.step;
     CHECK(step.rope == shape_.rope, "the step turns ", step.rope, " values, the layer ", shape_.rope);
     CHECK(index.has_value() == (shape_.index_heads > 0), "an indexer's keys go with an indexer");
-    const int64_t most = step.rows() ? *std::max_element(step.slots.begin(), step.slots.end()) : -1;
     const Floats stream = float_rows("x", x, step.rows(), hidden_);
-    const Keys cached = keys("latents", latents, shape_.latent + shape_.rope, most);
-    const Keys of_index = index ? keys("index", *index, shape_.index_dim, most) : Keys{};
+    const Keys cached = cached_keys("latents", latents, shape_.latent + shape_.rope, step);
+    const Keys of_index = index ? cached_keys("index", *index, shape_.index_dim, step) : Keys{};
     space_->run([&](Workspace& space) { attention_->forward({space, step, stream, cached, of_index}); });
   }
 
  private:
-  static Keys keys(const char* name, py::array& a, int64_t width, int64_t slot) {
-    const bool bf16 = is_bf16(name, a);
-    const bool fits = a.shape(1) == width && slot < a.shape(0);
-    CHECK(fits, name, " has shape ", shape_text(a), ", must be [more than ", slot, ", ", width, "]");
-    CHECK(a.writeable(), name, " is read-only");
-    return {a.mutable_data(), bf16, width};
-  }
-
   SharedSpace space_;
   Kept kept_;
   int64_t hidden_ = 0;
@@ -232,7 +256,9 @@ void bind_dense(py::module_& m) {
            py::arg("pool"));
   py::class_<StepHandle>(m, "DenseStep")
       .def(py::init(&make_step), py::arg("positions"), py::arg("slots"), py::arg("runs"), py::arg("rope"), py::arg("theta"),
-           py::arg("topk"));
+           py::arg("topk"))
+      .def("select", &StepHandle::select, py::arg("workspace"), py::arg("q"), py::arg("weights"), py::arg("keys"))
+      .def("attend", &StepHandle::attend, py::arg("workspace"), py::arg("q"), py::arg("keys"), py::arg("scale"), py::arg("out"));
   py::class_<AttentionHandle>(m, "DenseAttention")
       .def(py::init<SharedSpace, const py::dict&, const py::dict&>(), py::arg("workspace"), py::arg("sizes"), py::arg("arrays"))
       .def("forward", &AttentionHandle::forward, py::arg("step"), py::arg("x"), py::arg("latents"), py::arg("index"));

@@ -39,9 +39,9 @@ class Attention {
   int64_t keys_width() const { return s_.latent + s_.rope + s_.index_dim; }
   Floats project(const AttentionCall& call, int64_t rows_of_down) const;
   void write(const AttentionCall& call, Floats projected) const;
-  void select(const AttentionCall& call, Floats q_latent, Floats head_weights) const;
-  void attend(const AttentionCall& call, WorkerRows& scratch, int64_t row, int64_t first, int64_t heads, const float* q,
-              float* out) const;
+  void choose(const AttentionCall& call, Floats q_latent, Floats head_weights) const;
+  void mix(const AttentionCall& call, WorkerRows& scratch, int64_t row, int64_t first, int64_t heads, const float* q,
+           float* out) const;
 
   const AttentionShape s_;
   const AttentionWeights w_;

@@ -23,7 +23,7 @@ from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import Clock, SamplingParams, no_clock
 from hetero_glm5.demo.random_checkpoint import write_checkpoint
 from hetero_glm5.engine.engine import Engine
-from hetero_glm5.model.few_rows import MOST_ROWS
+from hetero_glm5.model.host_step import MOST_ROWS
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.weights.load import dense_bytes
 from hetero_glm5.weights.quantize import ExpertLayout

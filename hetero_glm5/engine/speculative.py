@@ -19,7 +19,7 @@ from torch import Tensor
 from hetero_glm5.core import Batch, Sequence
 from hetero_glm5.engine.batch import BatchTensors
 from hetero_glm5.engine.draft_depth import DraftDepth
-from hetero_glm5.model.few_rows import MOST_ROWS
+from hetero_glm5.model.host_step import MOST_ROWS
 from hetero_glm5.model.moe import Experts
 from hetero_glm5.model.mtp import MTP
 from hetero_glm5.model.state import Cache, Clocked, Rows

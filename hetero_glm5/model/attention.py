@@ -47,7 +47,7 @@ class Attention:
         q_latent = self.q_norm(q_latent)  # [T, q_lora]
         q = F.linear(q_latent, self.q_b).view(len(x), c.num_attention_heads, c.qk_head_dim)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)  # [T, H, nope] [T, H, rope]
-        if self.indexer is not None and any(group.long for group in step.groups):
+        if self.indexer is not None and step.long:
             with step.rows.clock("indexer"):
                 selection = self.indexer.select(q_latent, head_weights, step, cache.index[self.layer])
 
@@ -73,12 +73,15 @@ class Attention:
 
     def _attend(self, q: Tensor, step: Step, cache: Cache, selection: Selection) -> Tensor:
         """q [T, H, c + r] → Σ p·latent [T, H, c]."""
-        c, read = self.config, cache.latent[self.layer].read
+        c, keys = self.config, cache.latent[self.layer]
+        if step.host is not None:
+            return step.host.attend(q, keys, c.softmax_scale, c.kv_lora_rank).to(q.dtype)
         mixed = q.new_empty(*q.shape[:2], c.kv_lora_rank)
         for group, slots in zip(step.groups, selection, strict=True):
             if slots is None:
-                part = ops.attend_dense(group(q), read, group.seen, c.softmax_scale, c.kv_lora_rank).flatten(0, 1)
+                part = ops.attend_dense(group(q), keys.read, group.seen, c.softmax_scale, c.kv_lora_rank).flatten(0, 1)
             else:
-                part = ops.attend_selected(q[group.rows], read, slots.flatten(0, 1), c.softmax_scale, c.kv_lora_rank)
+                of_rows = q[group.rows], keys.read, slots.flatten(0, 1)
+                part = ops.attend_selected(*of_rows, c.softmax_scale, c.kv_lora_rank)
             mixed[group.rows] = part
         return mixed

@@ -7,31 +7,21 @@ other rows of the step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from hetero_glm5 import _C
 from hetero_glm5.model.attention import Attention
+from hetero_glm5.model.host_step import HostStep, stored
 from hetero_glm5.model.indexer import K_NORM_EPS
-from hetero_glm5.model.key_store import KeyStore, PlainRows
+from hetero_glm5.model.key_store import PlainRows
 from hetero_glm5.model.layers import Layer
 from hetero_glm5.model.moe import Experts, MoE
 from hetero_glm5.model.state import Cache, Rows
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops.reference import RMSNorm
 from hetero_glm5.weights.quantize import host_array
-
-MOST_ROWS = 64  # with more, torch's products are as quick
-
-
-@dataclass(frozen=True)
-class FewStep:
-    rows: Rows
-    host: _C.DenseStep
-    cache: Cache
 
 
 class FewRows:
@@ -42,14 +32,10 @@ class FewRows:
         self.config = config
         self._space = _C.DenseWorkspace(pool)
 
-    def step(self, rows: Rows, cache: Cache) -> FewStep | None:
-        """None if it is not for this path: it has many rows, or the cache's keys are quantised."""
-        if len(rows.token_ids) > MOST_ROWS or not isinstance(cache.latent[0].format, PlainRows):
-            return None
-        c = self.config
-        runs = [(segment.stop - segment.start, segment.context.numpy()) for segment in rows.segments]
-        places = rows.positions.numpy(), rows.slots.numpy()
-        return FewStep(rows, _C.DenseStep(*places, runs, c.qk_rope_head_dim, c.rope_theta, c.index_topk), cache)
+    def step(self, rows: Rows, cache: Cache) -> HostStep | None:
+        """For any number of rows; None if the cache's keys are quantised."""
+        plain = isinstance(cache.latent[0].format, PlainRows)
+        return HostStep(self._space, rows, cache, self.config) if plain else None
 
     def layer(self, layer: Layer) -> FewLayer:
         return FewLayer(self.config, self._space, layer)
@@ -76,8 +62,8 @@ class RowFunction:
 
 
 class FewLayer:
-    """A layer's x += Attention(RMS(x)); x += FFN(RMS(x)), in place on x fp32 [T, hidden]. Of rows in no segment only the
-    keys are cached."""
+    """A layer's x += Attention(RMS(x)); x += FFN(RMS(x)), in place on x fp32 [T, hidden]. Of rows in no segment only
+    the keys are cached."""
 
     def __init__(self, config: ModelConfig, space: _C.DenseWorkspace, layer: Layer):
         self.number, self._topk = layer.attention.layer, config.num_experts_per_tok
@@ -100,7 +86,7 @@ class FewLayer:
                 config.routed_scaling_factor,
             )
 
-    def __call__(self, x: Tensor, step: FewStep, experts: Experts) -> None:
+    def __call__(self, x: Tensor, step: HostStep, experts: Experts) -> None:
         self.attend(x, step)
         clock, rows = step.rows.clock, step.rows.attending
         stream, normed = x.numpy()[:rows], torch.empty(rows, x.shape[1])
@@ -116,18 +102,14 @@ class FewLayer:
         with clock(self.part):
             self._mlp.end(stream, routed.numpy())
 
-    def attend(self, x: Tensor, step: FewStep) -> None:
+    def attend(self, x: Tensor, step: HostStep) -> None:
         """The first half."""
         with step.rows.clock("attention"):
-            self._attention.forward(step.host, x.numpy(), *self._caches(step))
+            self._attention.forward(step.c, x.numpy(), *self._caches(step))
 
-    def _caches(self, step: FewStep) -> tuple[np.ndarray, np.ndarray | None]:
+    def _caches(self, step: HostStep) -> tuple[np.ndarray, np.ndarray | None]:
         index = step.cache.index[self.number] if self._indexes else None
-        return _stored(step.cache.latent[self.number]), None if index is None else _stored(index)
-
-
-def _stored(keys: KeyStore) -> np.ndarray:
-    return host_array("keys", keys.rows)
+        return stored(step.cache.latent[self.number]), None if index is None else stored(index)
 
 
 def _attention_parts(c: ModelConfig, layer: Layer) -> tuple[dict[str, float], dict[str, np.ndarray | None]]:

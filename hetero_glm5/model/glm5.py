@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_glm5.model.few_rows import MOST_ROWS, FewRows
+from hetero_glm5.model.few_rows import FewRows
+from hetero_glm5.model.host_step import MOST_ROWS
 from hetero_glm5.model.layers import Layer
 from hetero_glm5.model.moe import Experts
 from hetero_glm5.model.state import Cache, Rows, Selection, Step, Weights
@@ -29,12 +30,13 @@ class GLM5:
     def forward(self, rows: Rows, cache: Cache, experts: Experts) -> Tensor:
         """Hidden states after the final norm, [T, hidden]; writes the rows' keys to the cache."""
         x = F.embedding(rows.token_ids, self.embedding)
-        if few := self.few and self.few.step(rows, cache):
+        host = self.few and self.few.step(rows, cache)
+        if host and host.few:
             stream = x.float()
             for few_layer in self._few_layers:
-                few_layer(stream, few, experts)
+                few_layer(stream, host, experts)
             return self._few_norm(stream).to(x.dtype)
-        step = Step.of(rows, self.config)
+        step = Step.of(rows, self.config, host)
         selection: Selection = [None] * len(step.groups)
         for layer in self.layers:
             x, selection = layer(x, step, cache, experts, selection)

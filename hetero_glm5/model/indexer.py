@@ -37,7 +37,9 @@ class Indexer:
         q = F.linear(q_latent, self.wq_b).view(-1, c.index_n_heads, c.index_head_dim)
         q = self._rotate(q, step.rotation) * c.index_head_dim**-0.5
         head_weights = head_weights * c.index_n_heads**-0.5
-
+        if step.host is not None:
+            step.host.choose(q, head_weights, keys)
+            return []
         return [
             ops.select_slots(group(q), group(head_weights), keys.read, group.seen, c.index_topk) if group.long else None
             for group in step.groups

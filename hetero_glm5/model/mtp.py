@@ -42,22 +42,24 @@ class MTP:
         """m [T, hidden] from the model's hidden states [T, hidden] at the rows' positions; rows.token_ids are the
         *next* tokens t_{i+1}. Draft logits: model.logits(m). `before`: what remember is to be called with first."""
         all_rows = rows if before is None else rows.followed_by(before[1])
-        if few := self.few and self.few.step(all_rows, cache):
+        host = self.few and self.few.step(all_rows, cache)
+        if host and host.few:
             stream = self._few_z(hidden if before is None else torch.cat((hidden, before[0])), all_rows)
-            self._few_layer(stream, few, experts)
+            self._few_layer(stream, host, experts)
             return self._few_norm(stream[: len(hidden)]).to(hidden.dtype)
         if before is not None:
             self.remember(*before, cache)
             return self.forward(hidden, rows, cache, experts)
-        z, step = self._z(hidden, rows), Step.of(rows, self.config)
-        y, _ = self.layer(z, step, cache, experts, [None] * len(step.groups))
+        step = Step.of(rows, self.config, host)
+        y, _ = self.layer(self._z(hidden, rows), step, cache, experts, [None] * len(step.groups))
         return self.norm(y)
 
     def remember(self, hidden: Tensor, rows: Rows, cache: Cache) -> None:
         """Only caches the keys of rows of no segment, that draft nothing: no attention, no experts. Arguments as for
         forward."""
-        if few := self.few and self.few.step(rows, cache):
-            self._few_layer.attend(self._few_z(hidden, rows), few)
+        host = self.few and self.few.step(rows, cache)
+        if host and host.few:
+            self._few_layer.attend(self._few_z(hidden, rows), host)
         else:
             self.layer.remember(self._z(hidden, rows), Step.of(rows, self.config), cache)
 

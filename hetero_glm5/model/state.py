@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hetero_glm5.core import no_clock
+from hetero_glm5.model.host_step import HostStep
 from hetero_glm5.model.key_store import KeyFormat, KeyStore, key_format, row_bytes
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.ops import reference as ops
@@ -91,21 +92,26 @@ Selection = list[Tensor | None]  # for each group: slots [B, R, index_topk], or 
 
 @dataclass(frozen=True)
 class Step:
-    """The rows with all that a model's layers share."""
+    """The rows with all that a model's layers share. host: chooses and attends in place of the groups, which are then
+    none. long: there are rows for which an indexer chooses."""
 
     rows: Rows
     rotation: Tensor  # of ops.rotations
     groups: list[Group]
+    host: HostStep | None
+    long: bool
 
     @staticmethod
-    def of(rows: Rows, config: ModelConfig) -> Step:
+    def of(rows: Rows, config: ModelConfig, host: HostStep | None = None) -> Step:
         def kind(segment: Segment) -> tuple[bool, int, int]:
             """Contexts of a kind differ by less than a factor of two, so that no more than half is filling."""
             length = len(segment.context)
             return length > config.index_topk, segment.stop - segment.start, length.bit_length()
 
-        groups = [Group.of(list(same), rows.positions, long) for (long, *_), same in groupby(rows.segments, kind)]
-        return Step(rows, ops.rotations(rows.positions, config.qk_rope_head_dim, config.rope_theta), groups)
+        kinds = () if host is not None else groupby(rows.segments, kind)
+        groups = [Group.of(list(same), rows.positions, long) for (long, *_), same in kinds]
+        rotation = ops.rotations(rows.positions, config.qk_rope_head_dim, config.rope_theta)
+        return Step(rows, rotation, groups, host, any(kind(segment)[0] for segment in rows.segments))
 
 
 @dataclass(frozen=True)

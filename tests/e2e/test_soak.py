@@ -24,7 +24,7 @@ from hetero_glm5.demo.tokenizer import build_tokenizer
 from hetero_glm5.engine.engine import Engine
 from hetero_glm5.engine.prefix_cache import NO_PAGE, Node, PrefixCache, _in_date
 from hetero_glm5.engine.scheduler import NOT_FINITE, Counts
-from hetero_glm5.model.few_rows import MOST_ROWS
+from hetero_glm5.model.host_step import MOST_ROWS
 from hetero_glm5.placement.memory import GIB
 from hetero_glm5.server.tokenizer import Tokenizer
 

@@ -12,7 +12,8 @@ from tiny_model import load_model, rows_of
 
 from hetero_glm5 import _C
 from hetero_glm5.experts.cpu_tier import HostPool
-from hetero_glm5.model.few_rows import MOST_ROWS, FewRows
+from hetero_glm5.model.few_rows import FewRows
+from hetero_glm5.model.host_step import MOST_ROWS
 from hetero_glm5.model.state import Cache
 from hetero_glm5.model_config import ModelConfig
 
@@ -146,14 +147,37 @@ def test_what_is_not_finite_stays_with_its_sequence(checkpoints):
     assert got[0].isnan().any() and got[1].isfinite().all()
 
 
-def test_what_it_does_not_take(checkpoints):
+def test_what_it_takes(checkpoints):
     few, _, _ = load_model(tiny_checkpoint(checkpoints), HostPool(1))
-    many, fp8 = (
-        rows_of(torch.zeros(99, dtype=torch.int64), (0, MOST_ROWS + 1, 0)),
-        poisoned(few.config, dtype="fp8_e4m3"),
-    )
-    assert few.few.step(many, poisoned(few.config)) is None
-    assert few.few.step(rows_of(IDS, (0, 1, 0)), fp8) is None
+    ids = torch.zeros(99, dtype=torch.int64)
+    steps = [few.few.step(rows_of(ids, (0, count, 0)), poisoned(few.config)) for count in (MOST_ROWS, MOST_ROWS + 1)]
+    assert [step.few for step in steps] == [True, False]
+    assert few.few.step(rows_of(IDS, (0, 1, 0)), poisoned(few.config, dtype="fp8_e4m3")) is None
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cache_type", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_what_many_rows_see(checkpoints, variant, cache_type, isa):
+    """Two prompts, one of them continued, beside a decoded row."""
+    folder, length = tiny_checkpoint(checkpoints, **VARIANTS[variant]), 230
+    ids = torch.tensor(random_ids(length))
+    model, mtp, experts = load_model(folder)
+    host, host_mtp, _ = load_model(folder, HostPool(2, isa))
+    cache, host_cache = (poisoned(model.config, 3 * length, cache_type) for _ in range(2))
+    for spans in [(0, 90, 0), (0, 12, length)], [(90, length, 0), (12, 13, length), (0, 80, 2 * length)]:
+        rows = rows_of(ids, *spans)
+        want, got = model.forward(rows, cache, experts), host.forward(rows, host_cache, experts)
+        assert_rows_close(got, want, cache_type)
+        want, got = mtp.forward(want, rows, cache, experts), host_mtp.forward(got, rows, host_cache, experts)
+        assert_rows_close(got, want, cache_type)
+
+
+def assert_rows_close(got: torch.Tensor, want: torch.Tensor, cache_type: str) -> None:
+    """A bf16 key that is rounded the other way may change what an indexer chooses; most rows are spared."""
+    error = (got - want).abs().amax(-1)
+    assert error.max() < 1e-4 if cache_type == "float32" else error.quantile(0.8) < 0.01
 
 
 def test_refusals(checkpoints):
@@ -172,6 +196,19 @@ def test_refusals(checkpoints):
         mlp.end(np.zeros((2, 8), np.float32), None)
     with pytest.raises(ValueError, match=r"gate_up has shape \[8, 8\], must be \[10, 8\]"):
         _C.DenseFeedForward(space, np.zeros(8, np.float32), 1e-5, _mlp(8, 4)[0], _mlp(8, 5)[1])
+    step = _C.DenseStep(np.arange(20), np.arange(20), [(20, np.arange(20))], 8, 1e4, 16)
+    q, keys = np.zeros((20, 2, 12), np.float32), np.zeros((20, 12), np.float32)
+    with pytest.raises(ValueError, match="a row sees more than 16 positions, and no indexer has chosen"):
+        step.attend(space, q, keys, 1.0, np.zeros((20, 2, 8), np.float32))
+    with pytest.raises(ValueError, match="out has 13 columns, more than the keys' 12"):
+        step.attend(space, q, keys, 1.0, np.zeros((20, 2, 13), np.float32))
+    with pytest.raises(ValueError, match=r"q has shape \[2, 20, 12\], must be \[20, \*, \*\]"):
+        step.select(space, q.reshape(2, 20, 12), np.zeros((20, 2), np.float32), keys)
+    with pytest.raises(ValueError, match=r"keys has shape \[19, 12\], must be \[more than 19, 12\]"):
+        step.select(space, q, np.zeros((20, 2), np.float32), keys[1:])
+    apart = _C.DenseStep(np.arange(20), np.arange(20), [], 8, 1e4, 16)
+    with pytest.raises(ValueError, match="0 of 20 rows attend, all must"):
+        apart.select(space, q, np.zeros((20, 2), np.float32), keys)
     pool.close()
     with pytest.raises(ValueError, match="this host pool is closed"):
         FewRows(few.config, pool.handle).product(torch.zeros(3, 4))(torch.zeros(1, 4))
