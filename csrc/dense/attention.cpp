@@ -8,6 +8,8 @@
 namespace hetero {
 namespace {
 
+constexpr int64_t kMixed = 8;  // rows of a task at most
+
 void store_key(const Keys& keys, int64_t slot, const float* x) {
   if (keys.bf16) {
     uint16_t* to = static_cast<uint16_t*>(keys.data) + slot * keys.width;
@@ -30,8 +32,7 @@ void layer_norm(float* x, int64_t count, const float* weight, const float* bias,
 
 void Attention::forward(const AttentionCall& call) const {
   auto& [space, step, x, latents, index] = call;
-  ThreadPool& threads = space.pool.threads;
-  const int64_t rows = step.attending(), width = s_.nope + s_.rope;
+  const int64_t rows = step.attending();
   step.make_rotation();
   const Floats projected = project(call, rows > 0 ? w_.down.rows : keys_width());
   write(call, projected);
@@ -39,17 +40,11 @@ void Attention::forward(const AttentionCall& call) const {
 
   const Floats q_latent = projected.from(keys_width());
   for (int64_t t = 0; t < rows; t++) space.kernels().rms_norm({q_latent[t], w_.q_norm, s_.q_lora, s_.latent_eps, q_latent[t]});
-  const Floats q = space.queries.shape(rows, s_.heads * width);
-  multiply(space, w_.q_b, q_latent, rows, q);
   if (s_.index_heads > 0 && step.any_long()) choose(call, q_latent, q_latent.from(s_.q_lora));
   step.check_chosen();
 
   const Floats heads = space.heads.shape(rows, s_.heads * s_.v);
-  const int64_t parts = std::min<int64_t>(s_.heads, ceil_div(2 * threads.threads(), rows)), of_part = ceil_div(s_.heads, parts);
-  threads.for_each(rows * parts, [&](int worker, int64_t task) {
-    const int64_t row = task / parts, first = task % parts * of_part, count = std::min(of_part, s_.heads - first);
-    if (count > 0) mix(call, space.workers[worker], row, first, count, q[row] + first * width, heads[row] + first * s_.v);
-  });
+  mix(call, absorb(call, q_latent), heads);
   multiply(space, w_.o, heads, rows, x, true);
 }
 
@@ -93,20 +88,45 @@ void Attention::choose(const AttentionCall& call, Floats q_latent, Floats head_w
   select(space, step, call.index, {q, s_.index_heads}, head_weights);
 }
 
-// Some heads of a row: q [heads][nope + rope] -> out [heads][v].
-void Attention::mix(const AttentionCall& call, WorkerRows& scratch, int64_t row, int64_t first, int64_t heads, const float* q,
-                    float* out) const {
-  const RowKernels& kernels = call.space.kernels();
-  const int64_t width = s_.latent + s_.rope;
-  const Floats absorbed = scratch.queries.shape(heads, width), mixed = scratch.mixed.shape(heads, s_.latent);
-  for (int64_t h = 0; h < heads; h++, q += s_.nope + s_.rope) {
-    kernels.mix({w_.w_uk.from((first + h) * s_.nope), s_.nope, s_.latent, q, 0, 1, absorbed[h], 0});
-    std::copy_n(q + s_.nope, s_.rope, absorbed[h] + s_.latent);
-    call.step.turn(row, absorbed[h] + s_.latent);
-  }
-  attend_row(kernels, call.step, call.latents, scratch.scores, s_.scale, row, heads, absorbed.data, mixed);
-  for (int64_t h = 0; h < heads; h++)
-    kernels.dot({w_.w_uv.from((first + h) * s_.v), s_.v, s_.latent, mixed[h], false, 0, 1, out + h * s_.v, 0, false});
+// Queries over cached keys, [rows][heads * (latent + rope)].
+Floats Attention::absorb(const AttentionCall& call, Floats q_latent) const {
+  Workspace& space = call.space;
+  const int64_t rows = call.step.attending(), of_head = s_.nope + s_.rope, width = s_.latent + s_.rope;
+  const Floats absorbed = space.queries.shape(rows, s_.heads * width);
+  const Inputs inputs = inputs_for(space, w_.q_b, q_latent, rows);
+  space.pool.threads.for_each(s_.heads, [&](int worker, int64_t h) {
+    const Floats q = space.workers[worker].queries.shape(rows, of_head), out = absorbed.from(h * width);
+    inputs.multiply(space.kernels(), w_.q_b, h * of_head, of_head, q);
+    space.kernels().mix({w_.w_uk.from(h * s_.nope), s_.nope, s_.latent, q.data, q.stride, rows, out.data, out.stride});
+    for (int64_t t = 0; t < rows; t++) {
+      std::copy_n(q[t] + s_.nope, s_.rope, out[t] + s_.latent);
+      call.step.turn(t, out[t] + s_.latent);
+    }
+  });
+  return absorbed;
+}
+
+// out [rows][heads * v]. A task is some rows, or some heads of one.
+void Attention::mix(const AttentionCall& call, Floats queries, Floats out) const {
+  Workspace& space = call.space;
+  const int64_t rows = call.step.attending(), wanted = 2 * space.pool.threads.threads(), width = s_.latent + s_.rope;
+  const int64_t of_task = std::clamp<int64_t>(rows / wanted, 1, kMixed), blocks = ceil_div(rows, of_task);
+  const int64_t parts = std::min(s_.heads, ceil_div(wanted, blocks)), of_part = ceil_div(s_.heads, parts);
+  space.pool.threads.for_each(blocks * parts, [&](int worker, int64_t task) {
+    WorkerRows& scratch = space.workers[worker];
+    const int64_t begin = task / parts * of_task, end = std::min(begin + of_task, rows);
+    const int64_t first = task % parts * of_part, heads = std::min(of_part, s_.heads - first);
+    if (heads <= 0) return;
+    const Floats mixed = scratch.mixed.shape((end - begin) * heads, s_.latent);
+    for (int64_t t = begin; t < end; t++)
+      attend_row(space.kernels(), call.step, call.latents, scratch.scores, s_.scale, t, heads, queries[t] + first * width,
+                 {mixed[(t - begin) * heads], s_.latent});
+    for (int64_t h = 0; h < heads; h++) {
+      const RowMatrix values = w_.w_uv.from((first + h) * s_.v);
+      float* to = out[begin] + (first + h) * s_.v;
+      space.kernels().dot({values, s_.v, s_.latent, mixed[h], false, heads * s_.latent, end - begin, to, out.stride, false});
+    }
+  });
 }
 
 }  // namespace hetero

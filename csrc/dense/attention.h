@@ -40,8 +40,8 @@ class Attention {
   Floats project(const AttentionCall& call, int64_t rows_of_down) const;
   void write(const AttentionCall& call, Floats projected) const;
   void choose(const AttentionCall& call, Floats q_latent, Floats head_weights) const;
-  void mix(const AttentionCall& call, WorkerRows& scratch, int64_t row, int64_t first, int64_t heads, const float* q,
-           float* out) const;
+  Floats absorb(const AttentionCall& call, Floats q_latent) const;
+  void mix(const AttentionCall& call, Floats queries, Floats out) const;
 
   const AttentionShape s_;
   const AttentionWeights w_;

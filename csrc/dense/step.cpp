@@ -7,7 +7,12 @@ namespace hetero {
 
 Step::Step(std::vector<int64_t> positions, std::vector<int64_t> slots, const std::vector<Run>& runs, int64_t rope, double theta,
            int64_t topk)
-    : rope(rope), topk(topk), positions(std::move(positions)), slots(std::move(slots)), contexts(rows(), nullptr), seen(rows(), 0),
+    : rope(rope),
+      topk(topk),
+      positions(std::move(positions)),
+      slots(std::move(slots)),
+      contexts(rows(), nullptr),
+      seen(rows(), 0),
       theta_(theta) {
   for (const Run& run : runs)
     for (int64_t i = 0; i < run.rows; i++, attending_++) {

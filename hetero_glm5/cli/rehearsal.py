@@ -23,13 +23,12 @@ from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import Clock, SamplingParams, no_clock
 from hetero_glm5.demo.random_checkpoint import write_checkpoint
 from hetero_glm5.engine.engine import Engine
-from hetero_glm5.model.host_step import MOST_ROWS
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.weights.load import dense_bytes
 from hetero_glm5.weights.quantize import ExpertLayout
 
 WHOLE_BYTES, VOCAB = 256 << 20, 4096
-PROMPT, WARMUP, STEPS = 2 * MOST_ROWS, 4, 24  # the shortest prompt, which is not computed like a decode step
+PROMPT, WARMUP, STEPS = 128, 4, 24  # the shortest prompt, in tokens; steps
 BY_MOE, BY_VOCAB = ("router", "host_experts", "device_experts", "shared_expert"), ("lm_head", "sampling")
 
 

@@ -19,12 +19,11 @@ from torch import Tensor
 from hetero_glm5.core import Batch, Sequence
 from hetero_glm5.engine.batch import BatchTensors
 from hetero_glm5.engine.draft_depth import DraftDepth
-from hetero_glm5.model.host_step import MOST_ROWS
 from hetero_glm5.model.moe import Experts
 from hetero_glm5.model.mtp import MTP
 from hetero_glm5.model.state import Cache, Clocked, Rows
 
-TOGETHER = MOST_ROWS  # rows whose keys are made together at the latest
+TOGETHER = 64  # rows whose keys are made together at the latest
 
 Grow = Callable[[Sequence, int], bool]  # gives a sequence pages for so many tokens, if there are any
 

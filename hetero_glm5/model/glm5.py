@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_glm5.model.few_rows import FewRows
-from hetero_glm5.model.host_step import MOST_ROWS
+from hetero_glm5.model.host_step import most_few_rows
 from hetero_glm5.model.layers import Layer
 from hetero_glm5.model.moe import Experts
 from hetero_glm5.model.state import Cache, Rows, Selection, Step, Weights
@@ -44,6 +44,6 @@ class GLM5:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [T, vocab]."""
-        if self.few is not None and len(hidden) <= MOST_ROWS:
+        if self.few is not None and len(hidden) <= most_few_rows(self.config):
             return self._few_logits(hidden)
         return F.linear(hidden, self.lm_head).float()

@@ -19,7 +19,13 @@ from hetero_glm5.weights.quantize import host_array
 if TYPE_CHECKING:
     from hetero_glm5.model.state import Cache, Rows
 
-MOST_ROWS = 64  # of a step of few; with more, torch's products are quicker
+FEW = 1 << 17  # elements of hidden states
+
+
+def most_few_rows(config: ModelConfig) -> int:
+    """Rows of a step of few. With more torch, which takes milliseconds to begin, multiplies quicker: at GLM-5's shapes
+    in BF16 from some twenty on."""
+    return FEW // config.hidden_size
 
 
 class HostStep:
@@ -31,7 +37,7 @@ class HostStep:
         self.rows, self.cache, self._space = rows, cache, space
         runs = [(segment.stop - segment.start, segment.context.numpy()) for segment in rows.segments]
         places = rows.positions.numpy(), rows.slots.numpy()
-        self.few = len(rows.token_ids) <= MOST_ROWS
+        self.few = len(rows.token_ids) <= most_few_rows(config)
         self.c = _C.DenseStep(*places, runs, config.qk_rope_head_dim, config.rope_theta, config.index_topk)
 
     def choose(self, q: Tensor, head_weights: Tensor, keys: KeyStore) -> None:

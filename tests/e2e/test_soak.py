@@ -24,7 +24,6 @@ from hetero_glm5.demo.tokenizer import build_tokenizer
 from hetero_glm5.engine.engine import Engine
 from hetero_glm5.engine.prefix_cache import NO_PAGE, Node, PrefixCache, _in_date
 from hetero_glm5.engine.scheduler import NOT_FINITE, Counts
-from hetero_glm5.model.host_step import MOST_ROWS
 from hetero_glm5.placement.memory import GIB
 from hetero_glm5.server.tokenizer import Tokenizer
 
@@ -359,9 +358,9 @@ class Soak:
             self.seen[name] += getattr(counts, name)
 
     def check_answers(self) -> None:
-        """The samples' prompts, each alone on an engine that keeps and drafts nothing. No step has more than MOST_ROWS
-        rows, so neighbours and chunks change no bit, and near ties excuse nothing."""
-        engine = load(self.folder, BASE | {"disable_radix_cache": True, "chunked_prefill_size": MOST_ROWS})
+        """The samples' prompts, each alone on an engine that keeps and drafts nothing. Every step has few rows,
+        so neighbours and chunks change no bit, and near ties excuse nothing."""
+        engine = load(self.folder, BASE | {"disable_radix_cache": True, "chunked_prefill_size": PROMPT})
         wrong = [ended for ended in self.samples if not is_repeated(engine, ended)]
         engine.close()
         assert not wrong, wrong

@@ -12,8 +12,9 @@ from tiny_model import load_model, rows_of
 
 from hetero_glm5 import _C
 from hetero_glm5.experts.cpu_tier import HostPool
+from hetero_glm5.model import host_step
 from hetero_glm5.model.few_rows import FewRows
-from hetero_glm5.model.host_step import MOST_ROWS
+from hetero_glm5.model.host_step import most_few_rows
 from hetero_glm5.model.state import Cache
 from hetero_glm5.model_config import ModelConfig
 
@@ -51,7 +52,7 @@ def test_hidden_states_and_keys_are_torchs(checkpoints, variant, isa):
     want = model.forward(whole, cache, experts)
     got = torch.cat([few.forward(rows, few_cache, experts) for rows in steps])
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(few.logits(got[:MOST_ROWS]), model.logits(want[:MOST_ROWS]), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(few.logits(got), model.logits(want), rtol=1e-4, atol=2e-4)
 
     want = mtp.forward(want, whole, cache, experts)
     few_mtp.remember(got[: CUTS[2]], replace(rows_of(IDS, (0, CUTS[2], 0)), segments=[]), few_cache)
@@ -149,8 +150,9 @@ def test_what_is_not_finite_stays_with_its_sequence(checkpoints):
 
 def test_what_it_takes(checkpoints):
     few, _, _ = load_model(tiny_checkpoint(checkpoints), HostPool(1))
-    ids = torch.zeros(99, dtype=torch.int64)
-    steps = [few.few.step(rows_of(ids, (0, count, 0)), poisoned(few.config)) for count in (MOST_ROWS, MOST_ROWS + 1)]
+    most = most_few_rows(few.config)
+    ids = torch.zeros(most + 1, dtype=torch.int64)
+    steps = [few.few.step(rows_of(ids, (0, count, 0)), poisoned(few.config)) for count in (most, most + 1)]
     assert [step.few for step in steps] == [True, False]
     assert few.few.step(rows_of(IDS, (0, 1, 0)), poisoned(few.config, dtype="fp8_e4m3")) is None
 
@@ -159,8 +161,9 @@ def test_what_it_takes(checkpoints):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("cache_type", ["float32", "bfloat16"])
 @torch.inference_mode()
-def test_what_many_rows_see(checkpoints, variant, cache_type, isa):
+def test_what_many_rows_see(checkpoints, monkeypatch, variant, cache_type, isa):
     """Two prompts, one of them continued, beside a decoded row."""
+    monkeypatch.setattr(host_step, "FEW", 0)
     folder, length = tiny_checkpoint(checkpoints, **VARIANTS[variant]), 230
     ids = torch.tensor(random_ids(length))
     model, mtp, experts = load_model(folder)
