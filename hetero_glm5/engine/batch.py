@@ -79,7 +79,10 @@ class BatchTensors:
 
     def place(self, runs: Iterable[tuple[Sequence, int, list[int]]], clock: Clocked) -> Rows:
         """Rows for runs of tokens: whose, the first one's position, their ids."""
-        segments, ids, positions, slots = [], [], [], []
+        segments: list[Segment] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
         size = self.page_size
         for seq, first, tokens in runs:
             start, last, pages = len(ids), first + len(tokens), seq.pages
@@ -91,4 +94,5 @@ class BatchTensors:
         self._staged[:, :at] = ids, positions, slots
         if self._there is not self._here:
             self._there[:, :at].copy_(self._here[:, :at], non_blocking=True)
-        return Rows(*self._there[:, :at], segments=segments, clock=clock)
+        there = self._there[:, :at]
+        return Rows(there[0], there[1], there[2], segments, clock)

@@ -31,15 +31,17 @@ Grow = Callable[[Sequence, int], bool]  # gives a sequence pages for so many tok
 @dataclass(frozen=True)
 class Computed:
     """What a step computed: for each of its chunks the sequence and the position of the first row; the rows; their
-    hidden states [T, hidden]."""
+    hidden states [T, hidden]; whether it only decodes."""
 
     chunks: list[tuple[Sequence, int]]
     rows: Rows
     hidden: Tensor
+    decodes: bool
 
     @staticmethod
     def of(batch: Batch, rows: Rows, hidden: Tensor) -> Computed:
-        return Computed([(chunk.seq, chunk.start) for chunk in batch.chunks], rows, hidden)
+        chunks = [(chunk.seq, chunk.start) for chunk in batch.chunks]
+        return Computed(chunks, rows, hidden, all(chunk.decodes for chunk in batch.chunks))
 
 
 class Drafter:
@@ -68,7 +70,8 @@ class Drafter:
         self._note(step, known, todo)
         if todo:
             self._draft(step, {seq: known[seq][-1] for seq in todo}, todo)
-            self.depth.drafted(len(todo), max(todo.values()), time.perf_counter() - started)
+            if step.decodes:  # else it makes a prompt's keys too
+                self.depth.drafted(len(todo), max(todo.values()), time.perf_counter() - started)
 
     def _draft(self, step: Computed, last: dict[Sequence, int], todo: dict[Sequence, int]) -> None:
         """todo[seq] drafts for each sequence, from the hidden state in row last[seq] of the step."""
