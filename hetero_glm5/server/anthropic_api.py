@@ -12,8 +12,9 @@ from hetero_glm5.core import SamplingParams
 from hetero_glm5.server.anthropic_protocol import CountRequest, MessagesRequest
 from hetero_glm5.server.errors import ANTHROPIC, anthropic_error
 from hetero_glm5.server.protocol import parse_request
-from hetero_glm5.server.service import Service, json_response
-from hetero_glm5.server.turn import Change, Part, Turn, answer, make_turn, named_event
+from hetero_glm5.server.responses import json_response
+from hetero_glm5.server.service import Service
+from hetero_glm5.server.turn import Part, Turn, TurnTeller, answer, make_turn, named_event
 
 CALL = "toolu_"  # begins the ids of tool calls
 SIGNATURE = "none"  # of thinking: nothing is signed, but some clients drop what has none
@@ -39,7 +40,7 @@ def messages_router(service: Service) -> APIRouter:
     return router
 
 
-class MessageTeller:
+class MessageTeller(TurnTeller):
     """A turn as a message, or as the events that build it."""
 
     ping = named_event({"type": "ping"})
@@ -50,8 +51,8 @@ class MessageTeller:
     def opening(self) -> list[bytes]:
         return [named_event({"type": "message_start", "message": self._message([])})]
 
-    def tell(self, changes: list[Change]) -> list[bytes]:
-        return [named_event(event) for change in changes for event in _events(*change)]
+    def say(self, what: str, part: Part, text: str) -> list[bytes]:
+        return [named_event(event) for event in _events(what, part, text)]
 
     def closing(self) -> list[bytes]:
         delta = {"stop_reason": self._reason, "stop_sequence": self.turn.stop_string}
@@ -112,11 +113,11 @@ def _block(part: Part) -> dict[str, Any] | None:
     return {"type": "tool_use", "id": part.id, "name": part.name, "input": part.arguments}
 
 
-def _events(change: str, part: Part, text: str) -> list[dict[str, Any]]:
+def _events(what: str, part: Part, text: str) -> list[dict[str, Any]]:
     at: dict[str, Any] = {"index": part.index}
-    if change == "open":
+    if what == "open":
         return [{"type": "content_block_start", **at, "content_block": _EMPTY[part.kind](part)}]
-    if change == "more":
+    if what == "more":
         kind, key = _DELTAS[part.kind]
         return [{"type": "content_block_delta", **at, "delta": {"type": kind, key: text}}]
     signed = {"type": "signature_delta", "signature": SIGNATURE}

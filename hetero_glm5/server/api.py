@@ -18,7 +18,8 @@ from hetero_glm5.server.guard import Guard, allowed_hosts, cross_origin
 from hetero_glm5.server.native import Native
 from hetero_glm5.server.openapi import document
 from hetero_glm5.server.openresponses_api import responses_router
-from hetero_glm5.server.service import RETRY_SECONDS, Service, json_response
+from hetero_glm5.server.responses import json_response
+from hetero_glm5.server.service import RETRY_SECONDS, Service
 
 
 def create_app(service: Service) -> FastAPI:

@@ -20,7 +20,9 @@ from hetero_glm5.server.info import settled, snapshot
 from hetero_glm5.server.metrics import Metrics
 from hetero_glm5.server.parsers import OutputParser, ParsedMessage
 from hetero_glm5.server.protocol import ChatRequest, parse_request
-from hetero_glm5.server.service import STREAM_PATIENCE, Service, json_response
+from hetero_glm5.server.responses import json_response
+from hetero_glm5.server.service import Service
+from hetero_glm5.server.streaming import Choices, patience, reply
 
 PROBE_SECONDS = 20.0  # that /health_generate waits for a token
 SCRAPE_SECONDS = 1.0  # that /metrics waits for the engine, which listens between two steps
@@ -92,11 +94,8 @@ class Native:
         name = asked.rid or request_id(request)
         collector = GenerateCollector(asked, prompts, self.tokenizer, name)
         answer, names = NativeAnswer(asked.many), frozenset((name, request_id(request)))
-        patience = STREAM_PATIENCE if asked.stream else None
-        generation = await self.worker.submit(prompts, params, patience, names=names)
-        if asked.stream:
-            return service.streamed(generation, collector, answer)
-        return await service.whole(request, generation, collector, answer)
+        generation = await self.worker.submit(prompts, params, patience(asked.stream), names=names)
+        return await reply(request, self.worker, generation, Choices(generation, collector, answer), asked.stream)
 
     async def tokenize(self, request: Request) -> Response:
         """vLLM's and SGLang's: of a text, of several, or of a chat as the model would see it."""

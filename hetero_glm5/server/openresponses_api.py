@@ -18,7 +18,7 @@ from hetero_glm5.server.protocol import parse_request
 from hetero_glm5.server.recent import Recent
 from hetero_glm5.server.responses import PING
 from hetero_glm5.server.service import Service
-from hetero_glm5.server.turn import Change, Part, Turn, answer, make_turn, named_event
+from hetero_glm5.server.turn import Part, Turn, TurnTeller, answer, make_turn, named_event
 
 MOST_CHARACTERS = 32 << 20  # of conversations that are kept
 Messages = list[dict[str, Any]]
@@ -53,7 +53,7 @@ def _before(kept: Recent[Messages], response_id: str | None) -> Messages:
     return messages
 
 
-class ResponseTeller:
+class ResponseTeller(TurnTeller):
     """A turn as a response, or as the events that build it. A finished one goes to `kept`."""
 
     ping = PING
@@ -68,8 +68,23 @@ class ResponseTeller:
         begun = self._response("in_progress")
         return [self._event("response.created", response=begun), self._event("response.in_progress", response=begun)]
 
-    def tell(self, changes: list[Change]) -> list[bytes]:
-        return [event for change in changes for event in self._events(*change)]
+    def say(self, what: str, part: Part, text: str) -> list[bytes]:
+        at: dict[str, Any] = {"output_index": part.index}
+        inside = at | {"item_id": _item_id(part)}
+        if part.kind != "call":
+            inside["content_index"] = 0
+        if what == "more":
+            return [self._event(f"{_TEXT_EVENTS[part.kind]}.delta", **inside, **_EXTRA.get(part.kind, {}), delta=text)]
+        if what == "open":
+            events = [self._event("response.output_item.added", **at, item=_empty_item(part))]
+            if part.kind != "call":
+                events.append(self._event("response.content_part.added", **inside, part=_content(part, "")))
+            return events
+        said = {"arguments": part.text, "name": part.name} if part.kind == "call" else {"text": part.text}
+        events = [self._event(f"{_TEXT_EVENTS[part.kind]}.done", **inside, **_EXTRA.get(part.kind, {}), **said)]
+        if part.kind != "call":
+            events.append(self._event("response.content_part.done", **inside, part=_content(part, part.text)))
+        return [*events, self._event("response.output_item.done", **at, item=self._item(part))]
 
     def closing(self) -> list[bytes]:
         whole = self.whole()
@@ -124,24 +139,6 @@ class ResponseTeller:
             "output_tokens_details": {"reasoning_tokens": usage.reasoning},
             "total_tokens": usage.prompt + usage.completion,
         }
-
-    def _events(self, change: str, part: Part, text: str) -> list[bytes]:
-        at: dict[str, Any] = {"output_index": part.index}
-        inside = at | {"item_id": _item_id(part)}
-        if part.kind != "call":
-            inside["content_index"] = 0
-        if change == "more":
-            return [self._event(f"{_TEXT_EVENTS[part.kind]}.delta", **inside, **_EXTRA.get(part.kind, {}), delta=text)]
-        if change == "open":
-            events = [self._event("response.output_item.added", **at, item=_empty_item(part))]
-            if part.kind != "call":
-                events.append(self._event("response.content_part.added", **inside, part=_content(part, "")))
-            return events
-        said = {"arguments": part.text, "name": part.name} if part.kind == "call" else {"text": part.text}
-        events = [self._event(f"{_TEXT_EVENTS[part.kind]}.done", **inside, **_EXTRA.get(part.kind, {}), **said)]
-        if part.kind != "call":
-            events.append(self._event("response.content_part.done", **inside, part=_content(part, part.text)))
-        return [*events, self._event("response.output_item.done", **at, item=self._item(part))]
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._sent = self._sent, self._sent + 1

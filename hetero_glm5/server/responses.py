@@ -8,8 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import orjson
+from starlette.responses import Response
 
 from hetero_glm5.server.parsers import Delta, ParsedMessage
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), status, headers, media_type="application/json")
 
 
 def event(data: dict[str, Any]) -> bytes:

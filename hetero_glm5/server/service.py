@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import orjson
 from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 
@@ -19,14 +18,13 @@ from hetero_glm5.server.guard import request_id
 from hetero_glm5.server.parsers import OutputParser
 from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, SamplingRequest, parse_request
 from hetero_glm5.server.replay import Replay
-from hetero_glm5.server.responses import Answer, Kind
-from hetero_glm5.server.streaming import Collector, EventStream, Shape, collect, stream, unless_disconnected
+from hetero_glm5.server.responses import Answer, Kind, json_response
+from hetero_glm5.server.streaming import Choices, Collector, patience, reply
 from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
-from hetero_glm5.server.worker import EngineWorker, Generation
+from hetero_glm5.server.worker import EngineWorker
 
 MAX_BODY_BYTES = 64 << 20  # a prompt of a million tokens is about 4 MB
 RETRY_SECONDS = "5"
-STREAM_PATIENCE = 1.0  # seconds for the engine to refuse a stream; then its headers go out
 
 R = TypeVar("R", bound=SamplingRequest)
 
@@ -144,27 +142,12 @@ class Service:
         generation = await self.worker.submit(
             prompts,
             params,
-            STREAM_PATIENCE if asked.stream else None,
+            patience(asked.stream),
             salt=asked.cache_salt,
             names=asked.names | {answer.token, answer.id},
         )
-        if asked.stream:
-            return self.streamed(generation, collector, answer, include_usage=asked.include_usage)
-        return await self.whole(request, generation, collector, answer)
-
-    def streamed(
-        self, generation: Generation, collector: Collector, answer: Shape, *, include_usage: bool = False
-    ) -> Response:
-        chunks = stream(generation, collector, answer, include_usage=include_usage)
-        return EventStream(chunks, lambda: self.worker.close(generation))
-
-    async def whole(self, request: Request, generation: Generation, collector: Collector, answer: Shape) -> Response:
-        """The answer when it is complete. Raises GenerationFailed."""
-        try:
-            whole = await unless_disconnected(request, collect(generation, collector, answer))
-        finally:
-            self.worker.close(generation)
-        return Response(status_code=499) if whole is None else json_response(whole)
+        teller = Choices(generation, collector, answer, include_usage=asked.include_usage)
+        return await reply(request, self.worker, generation, teller, asked.stream)
 
     def check_count(self, prompts: int, answers: int) -> None:
         """Raises RequestError for more prompts, with so many answers each, than can wait."""
@@ -200,7 +183,3 @@ class Service:
             "owned_by": "hetero_glm5",
             "max_model_len": length,
         }
-
-
-def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(body), status, headers, media_type="application/json")

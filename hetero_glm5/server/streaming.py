@@ -1,7 +1,8 @@
-"""One request's way through the engine: events in, an answer or a stream of chunks out.
+"""One request's way through the engine: events in, an answer or a stream of server-sent events out.
 
-Each API is a collector (collectors.py): told an event, it returns the choices of the next chunk (perhaps none) and
-remembers what the whole answer needs, so that an answer says the same streamed and not.
+Each API has a teller, which is told an event, returns what the stream says of it and remembers what the whole answer
+needs, so that an answer says the same streamed and not. Those of completions, chats and /generate are `Choices` of a
+collector (collectors.py), those of agents' APIs are in turn.py.
 """
 
 from __future__ import annotations
@@ -13,17 +14,88 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from hetero_glm5.core import QueueFull, RequestError, TokenEvent
 from hetero_glm5.server.errors import GenerationFailed, bug_body, describe
-from hetero_glm5.server.responses import DONE, PING, Usage, event
-from hetero_glm5.server.worker import Generation
+from hetero_glm5.server.responses import DONE, PING, Usage, event, json_response
+from hetero_glm5.server.worker import EngineWorker, Generation
 
 log = logging.getLogger(__name__)
 
 SILENCE = 10.0  # seconds after which a stream says that it is alive; some clients give up after 20
+
+
+def patience(streams: bool) -> float | None:
+    """Seconds for the engine to refuse a request; then a stream's headers go out."""
+    return SILENCE / 10 if streams else None
+
+
+class Teller(Protocol):
+    """An answer in an API's words. A stream is what opening, each tell and closing return."""
+
+    ping: bytes
+
+    def opening(self) -> list[bytes]:
+        """Before anything has been computed."""
+        ...
+
+    def tell(self, index: int, told: TokenEvent) -> list[bytes]:
+        """index: the answer's; a prompt's answers are neighbours."""
+        ...
+
+    def closing(self) -> list[bytes]: ...
+
+    def failed(self, error: dict[str, Any]) -> bytes:
+        """The last event of a stream that cannot go on; `error` is OpenAI's."""
+        ...
+
+    def whole(self) -> Any:
+        """The answer that is not streamed, after the last event."""
+        ...
+
+
+async def reply(
+    request: Request, worker: EngineWorker, generation: Generation, teller: Teller, streams: bool
+) -> Response:
+    """The answer when it is complete, or a stream of it. Raises GenerationFailed."""
+    if streams:
+        return EventStream(_stream(generation, teller), lambda: worker.close(generation))
+    try:
+        whole = await unless_disconnected(request, _collect(generation, teller))
+    finally:
+        worker.close(generation)
+    return Response(status_code=499) if whole is None else json_response(whole)
+
+
+async def _collect(generation: Generation, teller: Teller) -> Any:
+    async for item in generation.events():
+        if item is not None:
+            teller.tell(*item)
+    return teller.whole()
+
+
+async def _stream(generation: Generation, teller: Teller) -> AsyncIterator[bytes]:
+    """An error after the first byte is an event, and the last one."""
+    sent = time.monotonic()
+    try:
+        for event in teller.opening():
+            yield event
+        async for item in generation.events(SILENCE / 4):
+            events = [] if item is None else teller.tell(*item)
+            if not events and time.monotonic() - sent >= SILENCE:
+                events = [teller.ping]
+            for event in events:
+                yield event
+                sent = time.monotonic()
+        for event in teller.closing():
+            yield event
+    except (GenerationFailed, RequestError, QueueFull) as error:
+        yield teller.failed(describe(error)[1]["error"])
+    except Exception as error:  # a bug: the client hears of it instead of a cut connection
+        log.exception("a stream failed")
+        yield teller.failed(bug_body(error)["error"])
 
 
 class Collector(Protocol):
@@ -34,8 +106,7 @@ class Collector(Protocol):
         ...
 
     def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
-        """Choices of the chunks that say what this event brought. index: the answer's; a prompt's answers are
-        neighbours."""
+        """Choices of the chunks that say what this event brought."""
         ...
 
     def choices(self) -> list[dict[str, Any]]:
@@ -53,29 +124,35 @@ class Shape(Protocol):
     def usage_chunk(self, usage: Usage, timings: dict[str, float]) -> bytes: ...
 
 
-async def stream(
-    generation: Generation, collector: Collector, answer: Shape, *, include_usage: bool
-) -> AsyncIterator[bytes]:
-    """The server-sent events of an answer. An error after the first byte is an event, and the last one."""
-    sent = time.monotonic()
-    try:
-        for choice in collector.opening():
-            yield answer.chunk([choice])
-        async for item in generation.events(SILENCE / 4):
-            chunks = [] if item is None else [answer.chunk([choice]) for choice in collector.tell(*item)]
-            if not chunks and time.monotonic() - sent >= SILENCE:
-                chunks = [PING]
-            for chunk in chunks:
-                yield chunk
-                sent = time.monotonic()
-        if include_usage:
-            yield answer.usage_chunk(collector.usage, timings(generation, collector.usage))
-        yield DONE
-    except (GenerationFailed, RequestError, QueueFull) as error:
-        yield event(describe(error)[1])
-    except Exception as error:  # a bug: the client hears of it instead of a cut connection
-        log.exception("a stream failed")
-        yield event(bug_body(error))
+class Choices:
+    """The teller of a collector's choices."""
+
+    ping = PING
+
+    def __init__(self, generation: Generation, collector: Collector, answer: Shape, *, include_usage: bool = False):
+        self._generation, self._collector, self._answer = generation, collector, answer
+        self._include_usage = include_usage
+
+    def opening(self) -> list[bytes]:
+        return self._chunks(self._collector.opening())
+
+    def tell(self, index: int, told: TokenEvent) -> list[bytes]:
+        return self._chunks(self._collector.tell(index, told))
+
+    def closing(self) -> list[bytes]:
+        return [self._answer.usage_chunk(*self._costs()), DONE] if self._include_usage else [DONE]
+
+    def failed(self, error: dict[str, Any]) -> bytes:
+        return event({"error": error})
+
+    def whole(self) -> Any:
+        return self._answer.whole(self._collector.choices(), *self._costs())
+
+    def _chunks(self, choices: list[dict[str, Any]]) -> list[bytes]:
+        return [self._answer.chunk([choice]) for choice in choices]
+
+    def _costs(self) -> tuple[Usage, dict[str, float]]:
+        return self._collector.usage, timings(self._generation, self._collector.usage)
 
 
 class EventStream(StreamingResponse):
@@ -91,14 +168,6 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._close()
-
-
-async def collect(generation: Generation, collector: Collector, answer: Shape) -> Any:
-    """The whole answer. Raises GenerationFailed."""
-    async for item in generation.events():
-        if item is not None:
-            collector.tell(*item)
-    return answer.whole(collector.choices(), collector.usage, timings(generation, collector.usage))
 
 
 def timings(generation: Generation, usage: Usage) -> dict[str, float]:

@@ -7,31 +7,23 @@ puts parts into their own words; what happened is decided here.
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
-import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import orjson
 from fastapi import Request, Response
 
-from hetero_glm5.core import Grammar, QueueFull, RequestError, SamplingParams, TokenEvent
-from hetero_glm5.server import streaming
-from hetero_glm5.server.errors import GenerationFailed, bug_body, describe
+from hetero_glm5.core import Grammar, RequestError, SamplingParams, TokenEvent
 from hetero_glm5.server.guard import request_id
 from hetero_glm5.server.parsers import Delta, OutputParser
 from hetero_glm5.server.replay import SampledTurn
 from hetero_glm5.server.responses import Usage
-from hetero_glm5.server.streaming import EventStream, unless_disconnected
+from hetero_glm5.server.streaming import Teller, patience, reply
 from hetero_glm5.server.tool_grammar import json_rule, matching, named, tool_calls
 
 if TYPE_CHECKING:
     from hetero_glm5.server.service import Service
-    from hetero_glm5.server.worker import Generation
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,78 +168,29 @@ class Turn:
         self._replay.remember(SampledTurn(self._text, self._thinking, told("reasoning"), told("content"), calls))
 
 
-class Teller(Protocol):
+class TurnTeller(Teller, Protocol):
     """A turn in an API's words. `id` is the answer's."""
 
     turn: Turn
     id: str
-    ping: bytes
 
-    def opening(self) -> list[bytes]:
-        """The events of a stream before anything has been computed."""
-        ...
+    def tell(self, index: int, told: TokenEvent) -> list[bytes]:
+        return [event for change in self.turn.tell(told) for event in self.say(*change)]
 
-    def tell(self, changes: list[Change]) -> list[bytes]: ...
-
-    def closing(self) -> list[bytes]: ...
-
-    def failed(self, error: dict[str, Any]) -> bytes:
-        """The last event of a stream that cannot go on; `error` is OpenAI's."""
-        ...
-
-    def whole(self) -> dict[str, Any]:
-        """The answer that is not streamed."""
+    def say(self, what: str, part: Part, text: str) -> list[bytes]:
+        """The events of one change."""
         ...
 
 
-async def answer(service: Service, request: Request, teller: Teller, *, streams: bool) -> Response:
+async def answer(service: Service, request: Request, teller: TurnTeller, *, streams: bool) -> Response:
     """Raises like EngineWorker.submit, and GenerationFailed."""
-    turn, worker = teller.turn, service.worker
-    patience = streaming.SILENCE / 10 if streams else None  # for the engine to refuse it; then the headers go out
-    names = frozenset((teller.id, request_id(request)))
-    generation = await worker.submit([turn.prompt], turn.params, patience, names=names)
-    if streams:
-        return EventStream(_stream(generation, teller), lambda: worker.close(generation))
-    try:
-        whole = await unless_disconnected(request, _collect(generation, teller))
-    finally:
-        worker.close(generation)
-    if whole is None:
-        return Response(status_code=499)
-    return Response(orjson.dumps(whole), media_type="application/json")
+    turn, names = teller.turn, frozenset((teller.id, request_id(request)))
+    generation = await service.worker.submit([turn.prompt], turn.params, patience(streams), names=names)
+    return await reply(request, service.worker, generation, teller, streams)
 
 
 async def make_turn(service: Service, asked: Asked, call_prefix: str) -> Turn:
     return await asyncio.to_thread(Turn, service, asked, call_prefix)
-
-
-async def _collect(generation: Generation, teller: Teller) -> dict[str, Any]:
-    async for item in generation.events():
-        if item is not None:
-            teller.turn.tell(item[1])
-    return teller.whole()
-
-
-async def _stream(generation: Generation, teller: Teller) -> AsyncIterator[bytes]:
-    """An error after the first byte is an event, and the last one."""
-    sent = time.monotonic()
-    try:
-        for event in teller.opening():
-            yield event
-        async for item in generation.events(streaming.SILENCE / 4):
-            events = [] if item is None else teller.tell(teller.turn.tell(item[1]))
-            if not events and time.monotonic() - sent >= streaming.SILENCE:
-                events = [teller.ping]
-            for event in events:
-                yield event
-                sent = time.monotonic()
-        for event in teller.closing():
-            yield event
-    except (GenerationFailed, RequestError, QueueFull) as error:
-        yield teller.failed(describe(error)[1]["error"])
-    except Exception as error:  # a bug: the client hears of it instead of a cut connection
-        log.exception("a stream failed")
-        yield teller.failed(bug_body(error)["error"])
 
 
 def named_event(body: dict[str, Any]) -> bytes:

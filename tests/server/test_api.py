@@ -281,7 +281,6 @@ def test_a_client_that_leaves_aborts(serve, fake_engine, stream):
 
 def test_headers_role_and_pings_come_during_a_long_step(serve, fake_engine, monkeypatch):
     monkeypatch.setattr(streaming, "SILENCE", 0.05)
-    monkeypatch.setattr(service, "STREAM_PATIENCE", 0.05)
     engine, hold = fake_engine(pieces("done")), threading.Event()
     engine.before_step = lambda: hold.wait(10)
     served = serve(engine)
