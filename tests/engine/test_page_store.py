@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,9 +53,13 @@ def written(store: PageStore, *indices: int) -> PageStore:
 
 
 def settle(store: PageStore) -> None:
-    until = time.monotonic() + 20
-    while store.stats["queued_pages"]:
-        assert time.monotonic() < until, "the writer is stuck"
+    until(lambda: not store.stats["queued_pages"], "the writer is stuck")
+
+
+def until(comes: Callable[[], bool], otherwise: str) -> None:
+    end = time.monotonic() + 20
+    while not comes():
+        assert time.monotonic() < end, otherwise
         time.sleep(0.0005)
 
 
@@ -329,7 +334,7 @@ def test_an_error_nobody_foresaw_is_told_and_blocks_nothing(open_store, monkeypa
         broken.setattr(disk_pages, "make_header", fail)
         assert fetched(store, 0, 1) == 0
         written(store, 2)
-    assert "no room for a page" in caplog.text
+    until(lambda: "no room for a page" in caplog.text, "nothing is told")
     assert fetched(written(store, 3), 0, 1, 2) == 3, "pages the disk has or the memory kept"
 
 
