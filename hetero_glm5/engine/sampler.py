@@ -66,14 +66,14 @@ class Sampler:
         rows = [(chunk, ahead) for chunk in batch.chunks for ahead in range(chunk.num_draws)]
         if not rows:
             return [[] for _ in batch.chunks]
-        best = logits.argmax(-1, keepdim=True)  # NaN counts as the greatest
+        best = greatest(logits)
         finite = logits.gather(-1, best).isfinite()
         asking = {i: c.seq.params.logprobs for i, (c, _) in enumerate(rows) if c.seq.params.logprobs is not None}
         unmodified = logits[list(asking)] if asking else None
         errors: dict[int, str] = {}
         if any(self._shaping[chunk.seq] for chunk, _ in rows):
             errors = self._shape(logits, batch)
-            best = logits.argmax(-1, keepdim=True)
+            best = greatest(logits)
             finite &= logits.gather(-1, best).isfinite()  # everything may be forbidden
         tokens = _choose(logits, best, rows)[:, 0]
         drawn = [Drawn(token) for token in tokens.where(finite[:, 0], INVALID_TOKEN).tolist()]
@@ -225,6 +225,13 @@ def _invert(chances: Tensor, number: Tensor) -> Tensor:
     return at.clamp_(max=mass.shape[-1] - 1)  # NaN is past the end
 
 
+def greatest(logits: Tensor) -> Tensor:
+    """Ids [rows, 1] of the greatest logits, the first of equals; NaN counts as the greatest."""
+    if logits.is_cuda:
+        return logits.argmax(-1, keepdim=True)
+    return torch.from_numpy(logits.numpy().argmax(-1, keepdims=True))  # as for _best
+
+
 def _best(logits: Tensor, count: int) -> Tensor:
     """Ids [rows, count] of the greatest logits, best first; of equals, the lowest id first, whatever the algorithm and
     the count."""
@@ -234,7 +241,7 @@ def _best(logits: Tensor, count: int) -> Tensor:
     keys = ascending.long() * 2**32 - torch.arange(vocab, device=logits.device)  # none equals another
     if logits.is_cuda:
         return keys.topk(count, -1).indices
-    # numpy sorts whole numbers ten times as fast as torch.
+    # numpy is ten times as fast as torch, whose threads wait for each other beside the host pool's.
     found = np.partition(keys.numpy(), min(vocab - count, vocab - 1), -1)[:, vocab - count :]
     return torch.from_numpy(-np.sort(found, -1)[:, ::-1] & (2**32 - 1))  # a key's lower half is -id
 

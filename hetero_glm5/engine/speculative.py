@@ -19,6 +19,7 @@ from torch import Tensor
 from hetero_glm5.core import Batch, Sequence
 from hetero_glm5.engine.batch import BatchTensors
 from hetero_glm5.engine.draft_depth import DraftDepth
+from hetero_glm5.engine.sampler import greatest
 from hetero_glm5.model.moe import Experts
 from hetero_glm5.model.mtp import MTP
 from hetero_glm5.model.state import Cache, Clocked, Rows
@@ -85,8 +86,8 @@ class Drafter:
                 step.rows.clock,
             )
             state = self.mtp.forward(state, rows, self.cache, self.experts, self._take_noted(step.rows.clock))
-            for seq, token in zip(seqs, self.mtp.model.logits(state).argmax(-1).tolist(), strict=True):
-                seq.drafts += (token,)
+            for seq, drafts in zip(seqs, greatest(self.mtp.model.logits(state)).tolist(), strict=True):
+                seq.drafts += tuple(drafts)
 
     def _note(self, step: Computed, known: dict[Sequence, range], drafting: Container[Sequence]) -> None:
         """Notes the known rows, but for the last one of a sequence that is drafted for: drafting makes its key, and
