@@ -2,32 +2,39 @@
 
 A step of R rows takes T(R) seconds; drafting the next token of S sequences takes D(S). With a_j, the share of j-th
 drafts that were right where those before them were, S sequences with d drafts each give S·(1 + a_1 + a_1·a_2 + …)
-tokens in T(S·(1 + d)) + d·D(S) seconds. The depth with the most tokens a second is used. Each quantity is an average
-that forgets; a depth that has not been tried counts as costing nothing more than the depth below it, so that it is
-tried; and once in PROBE steps a neighbouring depth is used, so that no figure grows stale (seldomer if drafting does
-not pay at all).
+tokens in T(S·(1 + d)) + d·D(S) seconds. The depth with the most tokens a second is used. A depth that has not been
+tried counts as costing nothing more than the depth below it, so that it is tried; and once in PROBE steps a
+neighbouring depth is used, so that no figure grows stale (seldomer if drafting does not pay at all).
+
+Only ratios of times matter, and they last longer than the times: other work slows the machine, contexts grow. So all
+times are divided by the pace: what the latest steps took, to T of their rows. A step of as many rows as the one before
+tells of the pace, any other, and the first few of a size, of T.
 """
 
 from __future__ import annotations
 
+from collections import deque
+
 PROBE, PROBE_FROM_NONE = 32, 128
 RECONSIDER = 8  # steps for which a choice holds
-SHORTER, LONGER = 0.4, 0.1  # how far an average goes towards a new value
-ACCEPT_FORGET = 0.98
+TIMES, PACES = 15, 3  # of so many the median counts
+ACCEPT_FORGET = 0.99
 PRIOR = 0.7, 4.0  # of acceptance: mean, and how many observations that is worth
 
 
-class Average:
-    """Forgetting mean of times, of which the short ones count more: what delays a step is seldom the step's own."""
+class Median:
+    """Of the latest `count` values; what delays a step is seldom the step's own."""
 
-    def __init__(self) -> None:
-        self.value: float | None = None
+    def __init__(self, count: int) -> None:
+        self._latest: deque[float] = deque(maxlen=count)
+
+    @property
+    def full(self) -> bool:
+        return len(self._latest) == self._latest.maxlen
 
     def add(self, value: float) -> None:
-        if self.value is None:
-            self.value = value
-        else:
-            self.value += (SHORTER if value < self.value else LONGER) * (min(value, 2 * self.value) - self.value)
+        self._latest.append(value)
+        self.value = sorted(self._latest)[len(self._latest) // 2]
 
 
 class DraftDepth:
@@ -35,8 +42,11 @@ class DraftDepth:
 
     def __init__(self, most: int):
         self.most = most
-        self._rows: dict[int, Average] = {}  # T
-        self._drafts: dict[int, Average] = {}  # D
+        self._rows: dict[int, Median] = {}  # T
+        self._drafts: dict[int, Median] = {}  # D
+        self._pace = Median(PACES)
+        self._pace.add(1.0)
+        self._latest = 0  # rows of the latest step
         self._right = [PRIOR[0] * PRIOR[1]] * most
         self._tried = [PRIOR[1]] * most
         self._steps = 0
@@ -44,11 +54,16 @@ class DraftDepth:
 
     def stepped(self, rows: int, seconds: float) -> None:
         """A step of so many rows, decoded and drafted ones, took so long."""
-        self._rows.setdefault(rows, Average()).add(seconds)
+        usual = self._rows.setdefault(rows, Median(TIMES))
+        if rows != self._latest or not usual.full:
+            usual.add(seconds / self._pace.value)
+        else:
+            self._pace.add(seconds / usual.value)
+        self._latest = rows
 
     def drafted(self, sequences: int, depth: int, seconds: float) -> None:
         """Drafting `depth` tokens for so many sequences took so long."""
-        self._drafts.setdefault(sequences, Average()).add(seconds / depth)
+        self._drafts.setdefault(sequences, Median(TIMES)).add(seconds / depth / self._pace.value)
 
     def verified(self, drafts: int, accepted: int) -> None:
         """Of a sequence's drafts the first so many were right."""
@@ -74,7 +89,7 @@ class DraftDepth:
         return best
 
     def rate(self, sequences: int, depth: int) -> float:
-        """Tokens a second at that depth, as far as known."""
+        """Tokens a second at that depth and a pace of 1, as far as known."""
         run, tokens = 1.0, 1.0
         for share in self.acceptance[:depth]:
             run *= share
@@ -84,12 +99,12 @@ class DraftDepth:
         return sequences * tokens / (step + depth * draft + 1e-9)
 
 
-def _at(measured: dict[int, Average], size: int) -> float:
+def _at(measured: dict[int, Median], size: int) -> float:
     """The measured value at `size`, interpolated; beyond what is measured, the nearest; 0 if nothing is."""
     below = max((s for s in measured if s <= size), default=None)
     above = min((s for s in measured if s >= size), default=None)
     if below is None or above is None:
         nearest = above if below is None else below
-        return 0.0 if nearest is None else measured[nearest].value or 0.0
-    low, high = measured[below].value or 0.0, measured[above].value or 0.0
+        return 0.0 if nearest is None else measured[nearest].value
+    low, high = measured[below].value, measured[above].value
     return low if above == below else low + (high - low) * (size - below) / (above - below)

@@ -1,5 +1,6 @@
 """The chosen depth on machines and texts that are simulated."""
 
+import itertools
 import random
 
 import pytest
@@ -34,6 +35,14 @@ def test_what_does_not_pay_is_hardly_tried(accept, slope):
     """Wrong drafts; or a machine on which a further row costs what a step does."""
     chosen = play(DraftDepth(4), accept, lambda rows: slope * rows + 0.1, 0.1)
     assert sum(chosen[900:]) < 0.03 * len(chosen[900:])
+
+
+@pytest.mark.parametrize(("sequences", "accept", "best"), [(1, 0.95, 4), (4, 0.95, 4), (4, 0.1, 0)])
+def test_the_machines_pace_changes(sequences, accept, best):
+    """Twice as slow half of the time: that is no reason to draft more or less."""
+    pace = itertools.cycle([1.0] * 90 + [2.0] * 90)
+    chosen = play(DraftDepth(4), accept, lambda rows: next(pace) * (1 + 0.1 * rows), 0.05, sequences, steps=3000)
+    assert chosen[600:].count(best) > 0.9 * len(chosen[600:])
 
 
 def test_the_text_changes():
