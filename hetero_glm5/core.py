@@ -292,6 +292,11 @@ class Batch:
     def __bool__(self) -> bool:
         return bool(self.chunks or self.restored or self.copies)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it does nothing but decode."""
+        return all(chunk.decodes for chunk in self.chunks)
+
 
 @dataclass(frozen=True)
 class TokenEvent:

@@ -77,6 +77,7 @@ def build(request, tmp_path_factory) -> Build:
         "ASAN_OPTIONS": options,
         "UBSAN_OPTIONS": options,
         "CXXFLAGS": f"-fsanitize={request.param}",  # of the tests' own libraries
+        "TOKENIZERS_PARALLELISM": "false",  # what its threads do is not seen, and looks like races
     }
     return Build(site, os.environ | environment)
 

@@ -31,7 +31,7 @@ void select(Workspace& space, Step& step, const Keys& keys, const Queries& queri
     space.pool.threads.for_each(rows * parts, [&](int worker, int64_t task) {
       const int64_t t = first + task / parts, begin = task % parts * kScored, count = std::min(kScored, step.seen[t] - begin);
       if (!step.is_long(t) || count <= 0) return;
-      const Floats dots = space.workers[worker].scores.shape(queries.heads, kScored);
+      const Floats dots = space.workers[worker].shape(queries.heads, kScored);
       const RowMatrix scored = keys.at(step.contexts[t] + begin);
       space.kernels().dot(
           {scored, count, keys.width, queries.of[t], false, keys.width, queries.heads, dots.data, dots.stride, false});
@@ -54,20 +54,21 @@ void select(Workspace& space, Step& step, const Keys& keys, const Queries& queri
 
 void attend(Workspace& space, const Step& step, const Keys& keys, const Queries& queries, float scale, Floats out) {
   step.check_chosen();
-  space.pool.threads.for_each(step.attending(), [&](int worker, int64_t row) {
-    const Floats of_row{out[row * queries.heads], out.stride};
-    attend_row(space.kernels(), step, keys, space.workers[worker].scores, scale, row, queries.heads, queries.of[row], of_row);
+  const RowKernels& kernels = space.kernels();
+  const int64_t rows = step.attending(), wanted = 2 * space.pool.threads.threads(), width = keys.width, latent = out.stride;
+  const int64_t parts = std::min(queries.heads, ceil_div(wanted, rows)), of_part = ceil_div(queries.heads, parts);
+  space.pool.threads.for_each(rows * parts, [&](int worker, int64_t task) {
+    const int64_t row = task / parts, first = task % parts * of_part, heads = std::min(of_part, queries.heads - first);
+    if (heads <= 0) return;
+    const int64_t seen = step.attended(row);
+    const RowMatrix attended = keys.at(step.attended_slots(row));
+    const Floats scores = space.workers[worker].shape(heads, round_up(seen, kLanes));
+    const float* q = queries.of[row] + first * width;
+    kernels.dot({attended, seen, width, q, false, width, heads, scores.data, scores.stride, false});
+    for (int64_t h = 0; h < heads; h++) kernels.softmax(scores[h], seen, scale);
+    float* mixed = out[row * queries.heads + first];
+    kernels.mix({attended, seen, latent, scores.data, scores.stride, heads, mixed, latent});
   });
-}
-
-void attend_row(const RowKernels& kernels, const Step& step, const Keys& keys, FloatBuffer& scratch, float scale, int64_t row,
-                int64_t heads, const float* q, Floats out) {
-  const int64_t seen = step.attended(row);
-  const RowMatrix attended = keys.at(step.attended_slots(row));
-  const Floats scores = scratch.shape(heads, round_up(seen, kLanes));
-  kernels.dot({attended, seen, keys.width, q, false, keys.width, heads, scores.data, scores.stride, false});
-  for (int64_t h = 0; h < heads; h++) kernels.softmax(scores[h], seen, scale);
-  kernels.mix({attended, seen, out.stride, scores.data, scores.stride, heads, out.data, out.stride});
 }
 
 }  // namespace hetero

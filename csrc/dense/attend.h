@@ -18,8 +18,4 @@ void select(Workspace& space, Step& step, const Keys& keys, const Queries& queri
 // softmax(scale * query . key).
 void attend(Workspace& space, const Step& step, const Keys& keys, const Queries& queries, float scale, Floats out);
 
-// The same for some heads of one row: q [heads][keys' width], out [heads][latent]. `scratch` holds scores.
-void attend_row(const RowKernels& kernels, const Step& step, const Keys& keys, FloatBuffer& scratch, float scale, int64_t row,
-                int64_t heads, const float* q, Floats out);
-
 }  // namespace hetero

@@ -8,8 +8,6 @@
 namespace hetero {
 namespace {
 
-constexpr int64_t kMixed = 8;  // rows of a task at most
-
 void store_key(const Keys& keys, int64_t slot, const float* x) {
   if (keys.bf16) {
     uint16_t* to = static_cast<uint16_t*>(keys.data) + slot * keys.width;
@@ -43,9 +41,10 @@ void Attention::forward(const AttentionCall& call) const {
   if (s_.index_heads > 0 && step.any_long()) choose(call, q_latent, q_latent.from(s_.q_lora));
   step.check_chosen();
 
-  const Floats heads = space.heads.shape(rows, s_.heads * s_.v);
-  mix(call, absorb(call, q_latent), heads);
-  multiply(space, w_.o, heads, rows, x, true);
+  const Floats mixed = space.mixed.shape(rows * s_.heads, s_.latent);
+  const Queries queries{absorb(call, q_latent), s_.heads};
+  attend(space, step, latents, queries, s_.scale, mixed);
+  multiply(space, w_.o, values(call, mixed), rows, x, true);
 }
 
 // The first rows of `down` times RMS(x).
@@ -88,45 +87,45 @@ void Attention::choose(const AttentionCall& call, Floats q_latent, Floats head_w
   select(space, step, call.index, {q, s_.index_heads}, head_weights);
 }
 
-// Queries over cached keys, [rows][heads * (latent + rope)].
+// Calls work(head, first, count) on the pool for every head's `width` columns, all at once if there are heads enough.
+template <class Work> void Attention::for_each_part(ThreadPool& threads, int64_t width, Work work) const {
+  const int64_t parts = ceil_div(2 * threads.threads(), s_.heads), of_part = round_up(ceil_div(width, parts), kLanes);
+  const int64_t of_head = ceil_div(width, of_part);
+  threads.for_each(s_.heads * of_head, [&](int, int64_t task) {
+    const int64_t first = task % of_head * of_part;
+    work(task / of_head, first, std::min(of_part, width - first));
+  });
+}
+
+// Queries over cached keys, [rows][heads * (latent + rope)]. A task is a head, or some of the latent's columns.
 Floats Attention::absorb(const AttentionCall& call, Floats q_latent) const {
   Workspace& space = call.space;
   const int64_t rows = call.step.attending(), of_head = s_.nope + s_.rope, width = s_.latent + s_.rope;
-  const Floats absorbed = space.queries.shape(rows, s_.heads * width);
-  const Inputs inputs = inputs_for(space, w_.q_b, q_latent, rows);
-  space.pool.threads.for_each(s_.heads, [&](int worker, int64_t h) {
-    const Floats q = space.workers[worker].queries.shape(rows, of_head), out = absorbed.from(h * width);
-    inputs.multiply(space.kernels(), w_.q_b, h * of_head, of_head, q);
-    space.kernels().mix({w_.w_uk.from(h * s_.nope), s_.nope, s_.latent, q.data, q.stride, rows, out.data, out.stride});
-    for (int64_t t = 0; t < rows; t++) {
-      std::copy_n(q[t] + s_.nope, s_.rope, out[t] + s_.latent);
-      call.step.turn(t, out[t] + s_.latent);
+  const Floats q = space.queries.shape(rows, s_.heads * of_head), absorbed = space.absorbed.shape(rows, s_.heads * width);
+  multiply(space, w_.q_b, q_latent, rows, q);
+  for_each_part(space.pool.threads, s_.latent, [&](int64_t h, int64_t first, int64_t count) {
+    const Floats from = q.from(h * of_head), to = absorbed.from(h * width);
+    RowMatrix w_uk = w_.w_uk.from(h * s_.nope);
+    w_uk.data = static_cast<const char*>(w_uk.data) + first * (w_uk.bf16 ? 2 : 4);
+    space.kernels().mix({w_uk, s_.nope, count, from.data, from.stride, rows, to.data + first, to.stride});
+    for (int64_t t = 0; t < rows && first == 0; t++) {
+      std::copy_n(from[t] + s_.nope, s_.rope, to[t] + s_.latent);
+      call.step.turn(t, to[t] + s_.latent);
     }
   });
   return absorbed;
 }
 
-// out [rows][heads * v]. A task is some rows, or some heads of one.
-void Attention::mix(const AttentionCall& call, Floats queries, Floats out) const {
+// W_UV times what was mixed: [rows][heads * v]. A task is a head, or some of its values.
+Floats Attention::values(const AttentionCall& call, Floats mixed) const {
   Workspace& space = call.space;
-  const int64_t rows = call.step.attending(), wanted = 2 * space.pool.threads.threads(), width = s_.latent + s_.rope;
-  const int64_t of_task = std::clamp<int64_t>(rows / wanted, 1, kMixed), blocks = ceil_div(rows, of_task);
-  const int64_t parts = std::min(s_.heads, ceil_div(wanted, blocks)), of_part = ceil_div(s_.heads, parts);
-  space.pool.threads.for_each(blocks * parts, [&](int worker, int64_t task) {
-    WorkerRows& scratch = space.workers[worker];
-    const int64_t begin = task / parts * of_task, end = std::min(begin + of_task, rows);
-    const int64_t first = task % parts * of_part, heads = std::min(of_part, s_.heads - first);
-    if (heads <= 0) return;
-    const Floats mixed = scratch.mixed.shape((end - begin) * heads, s_.latent);
-    for (int64_t t = begin; t < end; t++)
-      attend_row(space.kernels(), call.step, call.latents, scratch.scores, s_.scale, t, heads, queries[t] + first * width,
-                 {mixed[(t - begin) * heads], s_.latent});
-    for (int64_t h = 0; h < heads; h++) {
-      const RowMatrix values = w_.w_uv.from((first + h) * s_.v);
-      float* to = out[begin] + (first + h) * s_.v;
-      space.kernels().dot({values, s_.v, s_.latent, mixed[h], false, heads * s_.latent, end - begin, to, out.stride, false});
-    }
+  const int64_t rows = call.step.attending(), stride = s_.heads * s_.latent;
+  const Floats out = space.heads.shape(rows, s_.heads * s_.v);
+  for_each_part(space.pool.threads, s_.v, [&](int64_t h, int64_t first, int64_t count) {
+    float* to = out.data + h * s_.v + first;
+    space.kernels().dot({w_.w_uv.from(h * s_.v + first), count, s_.latent, mixed[h], false, stride, rows, to, out.stride, false});
   });
+  return out;
 }
 
 }  // namespace hetero

@@ -1,5 +1,5 @@
 // Absorbed multi-head latent attention with its indexer and the norm before it, for few rows: x += Attention(RMS(x)).
-// model/attention.py and model/indexer.py say what is computed; here it is five jobs of the pool.
+// model/attention.py and model/indexer.py say what is computed.
 #pragma once
 #include "dense/step.h"
 #include "dense/workspace.h"
@@ -41,7 +41,8 @@ class Attention {
   void write(const AttentionCall& call, Floats projected) const;
   void choose(const AttentionCall& call, Floats q_latent, Floats head_weights) const;
   Floats absorb(const AttentionCall& call, Floats q_latent) const;
-  void mix(const AttentionCall& call, Floats queries, Floats out) const;
+  Floats values(const AttentionCall& call, Floats mixed) const;
+  template <class Work> void for_each_part(ThreadPool& threads, int64_t width, Work work) const;
 
   const AttentionShape s_;
   const AttentionWeights w_;

@@ -1,4 +1,4 @@
-// The model's dense part on CPU cores, for steps of few rows: what its layers share. A matrix is used as it lies in memory,
+// The model's dense part on CPU cores, above all for steps of few rows: what its layers share. A matrix is used as it lies in memory,
 // in fp32 or bf16; activations, sums and the residual stream are fp32. A workspace serves one model and one thread.
 #pragma once
 #include <algorithm>
@@ -50,17 +50,15 @@ class FloatBuffer {
   ScratchBuffer<float> memory_;
 };
 
-struct alignas(128) WorkerRows {  // of one attention task
-  FloatBuffer queries, scores, mixed;
-};
+struct alignas(128) WorkerScores : FloatBuffer {};  // of one task
 
 struct Workspace {
   explicit Workspace(HostPool& pool) : pool(pool), workers(pool.threads.threads()) {}
   const RowKernels& kernels() const { return pool.kernels.rows; }
 
   HostPool& pool;
-  FloatBuffer normed, projected, queries, index_queries, heads, index_scores, hidden;
-  std::vector<WorkerRows> workers;
+  FloatBuffer normed, projected, queries, absorbed, mixed, heads, index_queries, index_scores, hidden;
+  std::vector<WorkerScores> workers;
 
   uint16_t* rounded(int64_t count) {  // room for the inputs of one product
     rounded_.reserve(count);

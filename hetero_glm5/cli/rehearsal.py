@@ -23,12 +23,13 @@ from hetero_glm5.config import EngineConfig
 from hetero_glm5.core import Clock, SamplingParams, no_clock
 from hetero_glm5.demo.random_checkpoint import write_checkpoint
 from hetero_glm5.engine.engine import Engine
+from hetero_glm5.model.host_step import most_few_rows
 from hetero_glm5.model_config import ModelConfig
 from hetero_glm5.weights.load import dense_bytes
 from hetero_glm5.weights.quantize import ExpertLayout
 
 WHOLE_BYTES, VOCAB = 256 << 20, 4096
-PROMPT, WARMUP, STEPS = 128, 4, 24  # the shortest prompt, in tokens; steps
+PROMPT, WARMUP, STEPS = 128, 4, 24
 BY_MOE, BY_VOCAB = ("router", "host_experts", "device_experts", "shared_expert"), ("lm_head", "sampling")
 
 
@@ -61,7 +62,8 @@ def rehearse(
     model = ModelConfig.parse(data)
     small = _part_of(data, model, layout, config)
     cut, chunk = ModelConfig.parse(small), config.chunked_prefill_size
-    rows = max(PROMPT, round(chunk * cut.n_routed_experts / model.n_routed_experts))
+    many = most_few_rows(cut) + 1  # is not computed like a decode step
+    rows = max(PROMPT, min(many, chunk), round(chunk * cut.n_routed_experts / model.n_routed_experts))
     with tempfile.TemporaryDirectory(prefix="hetero_glm5-plan-") as folder:
         path = write_checkpoint(Path(folder) / "model", small, dtype=config.dtype, fp8=config.kt_method == "FP8")
         engine = Engine.load(

@@ -18,7 +18,7 @@ from hetero_glm5.model.state import Clocked, Rows, Segment
 
 def decoded_rows(batch: Batch) -> Tensor:
     """bool [T], on the CPU: which of the batch's rows are decoded, not prefilled."""
-    if all(chunk.decodes for chunk in batch.chunks):
+    if batch.decodes:
         return torch.ones(sum(chunk.num_rows for chunk in batch.chunks), dtype=torch.bool)
     counts = torch.tensor([chunk.num_rows for chunk in batch.chunks])
     return torch.tensor([chunk.decodes for chunk in batch.chunks]).repeat_interleave(counts)

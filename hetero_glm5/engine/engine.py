@@ -137,7 +137,7 @@ class Engine:
 
     def _time(self, batch: Batch, drawn: list[list[Drawn]], seconds: float) -> None:
         """Tells the drafter what a step that only decodes has cost and gained."""
-        if self.drafter is not None and batch.chunks and all(chunk.decodes for chunk in batch.chunks):
+        if self.drafter is not None and batch.chunks and batch.decodes:
             self.drafter.depth.stepped(sum(chunk.num_rows for chunk in batch.chunks), seconds)
             for chunk, tokens in zip(batch.chunks, drawn, strict=True):
                 self.drafter.depth.verified(len(chunk.drafts), len(tokens) - 1)

@@ -298,8 +298,8 @@ class PrefixCache:
             del self._roots[above.salt]
 
     def _cut(self, top: Node) -> list[bytes]:
-        """Takes a node and all below it out of the tree, and returns their keys; what has users is freed with the last
-        of them."""
+        """Takes a node and all below it out of the tree, and returns the keys that they have; what has users is freed
+        with the last of them."""
         if top.parent is None:  # was cut before
             return []
         cut = _with_descendants(top)
@@ -308,7 +308,7 @@ class PrefixCache:
             if not node.users:
                 self._idle -= 1
                 self.pool.release([node.page])
-        return [node.key for node in cut]
+        return [node.key for node in cut if node.key]
 
 
 def _in_date(used: int, number: int, node: Node) -> bool:

@@ -32,7 +32,7 @@ Grow = Callable[[Sequence, int], bool]  # gives a sequence pages for so many tok
 @dataclass(frozen=True)
 class Computed:
     """What a step computed: for each of its chunks the sequence and the position of the first row; the rows; their
-    hidden states [T, hidden]; whether it only decodes."""
+    hidden states [T, hidden]; Batch.decodes."""
 
     chunks: list[tuple[Sequence, int]]
     rows: Rows
@@ -42,7 +42,7 @@ class Computed:
     @staticmethod
     def of(batch: Batch, rows: Rows, hidden: Tensor) -> Computed:
         chunks = [(chunk.seq, chunk.start) for chunk in batch.chunks]
-        return Computed(chunks, rows, hidden, all(chunk.decodes for chunk in batch.chunks))
+        return Computed(chunks, rows, hidden, batch.decodes)
 
 
 class Drafter:
@@ -58,10 +58,12 @@ class Drafter:
     def draft(self, step: Computed, grow: Grow, context_length: int) -> None:
         """Sets `drafts` of the sequences that decode next. Call it after the step was committed, before the next is
         scheduled."""
-        started = time.perf_counter()
         known = _known(step)
         seqs = [seq for seq in known if seq.decoding]
         wanted = self.depth.choose(len(seqs)) if seqs else 0
+        if wanted:
+            self.catch_up(step.rows.clock)  # what earlier steps left is no part of the drafts' cost
+        started = time.perf_counter()
         todo = {}
         for seq in seqs:
             seq.drafts = ()
@@ -91,7 +93,7 @@ class Drafter:
 
     def _note(self, step: Computed, known: dict[Sequence, range], drafting: Container[Sequence]) -> None:
         """Notes the known rows, but for the last one of a sequence that is drafted for: drafting makes its key, and
-        those of all that are noted. While nothing is drafted and nothing ends, several steps' are made together."""
+        those that are noted. While nothing is drafted and nothing ends, several steps' are made together."""
         kept: list[int] = []
         ended = False
         for seq, first in step.chunks:

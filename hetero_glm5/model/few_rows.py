@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hetero_glm5 import _C
 from hetero_glm5.model.attention import Attention
-from hetero_glm5.model.host_step import HostStep, stored
+from hetero_glm5.model.host_step import HostStep, most_few_rows, stored
 from hetero_glm5.model.indexer import K_NORM_EPS
 from hetero_glm5.model.key_store import PlainRows
 from hetero_glm5.model.layers import Layer
@@ -32,10 +32,13 @@ class FewRows:
         self.config = config
         self._space = _C.DenseWorkspace(pool)
 
+    def takes(self, rows: int, cache: Cache) -> bool:
+        """Whether a step of so many rows is one of few."""
+        return rows <= most_few_rows(self.config) and _is_plain(cache)
+
     def step(self, rows: Rows, cache: Cache) -> HostStep | None:
-        """For any number of rows; None if the cache's keys are quantised."""
-        plain = isinstance(cache.latent[0].format, PlainRows)
-        return HostStep(self._space, rows, cache, self.config) if plain else None
+        """Of few rows or many; None if the cache's keys are quantised."""
+        return HostStep(self._space, rows, cache, self.config) if _is_plain(cache) else None
 
     def layer(self, layer: Layer) -> FewLayer:
         return FewLayer(self.config, self._space, layer)
@@ -47,6 +50,10 @@ class FewRows:
     def norm(self, norm: RMSNorm) -> RowFunction:
         """x [T, width] → fp32 of the same shape."""
         return RowFunction(_C.DenseNorm(self._space, host_array("weight", norm.weight), norm.eps), len(norm.weight))
+
+
+def _is_plain(cache: Cache) -> bool:
+    return isinstance(cache.latent[0].format, PlainRows)
 
 
 class RowFunction:
@@ -103,7 +110,7 @@ class FewLayer:
             self._mlp.end(stream, routed.numpy())
 
     def attend(self, x: Tensor, step: HostStep) -> None:
-        """The first half."""
+        """x += Attention(RMS(x)) of the rows in segments; caches the keys of all."""
         with step.rows.clock("attention"):
             self._attention.forward(step.c, x.numpy(), *self._caches(step))
 

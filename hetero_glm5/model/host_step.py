@@ -19,13 +19,13 @@ from hetero_glm5.weights.quantize import host_array
 if TYPE_CHECKING:
     from hetero_glm5.model.state import Cache, Rows
 
-FEW = 1 << 17  # elements of hidden states
+FEW_ELEMENTS = 1 << 17  # of hidden states
 
 
 def most_few_rows(config: ModelConfig) -> int:
     """Rows of a step of few. With more torch, which takes milliseconds to begin, multiplies quicker: at GLM-5's shapes
     in BF16 from some twenty on."""
-    return FEW // config.hidden_size
+    return FEW_ELEMENTS // config.hidden_size
 
 
 class HostStep:

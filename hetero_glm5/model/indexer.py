@@ -32,7 +32,8 @@ class Indexer:
         return self._rotate(ops.layer_norm(projected, *self.k_norm, K_NORM_EPS), rotation)
 
     def select(self, q_latent: Tensor, head_weights: Tensor, step: Step, keys: KeyStore) -> Selection:
-        """q_latent [T, q_lora]; head_weights [T, heads] = weights_proj·x; the rows' keys are in the store."""
+        """q_latent [T, q_lora]; head_weights [T, heads] = weights_proj·x; the rows' keys are in the store. What a host
+        step chooses stays there."""
         c = self.config
         q = F.linear(q_latent, self.wq_b).view(-1, c.index_n_heads, c.index_head_dim)
         q = self._rotate(q, step.rotation) * c.index_head_dim**-0.5

@@ -41,15 +41,15 @@ class MTP:
     ) -> Tensor:
         """m [T, hidden] from the model's hidden states [T, hidden] at the rows' positions; rows.token_ids are the
         *next* tokens t_{i+1}. Draft logits: model.logits(m). `before`: what remember is to be called with first."""
-        all_rows = rows if before is None else rows.followed_by(before[1])
-        host = self.few and self.few.step(all_rows, cache)
-        if host and host.few:
-            stream = self._few_z(hidden if before is None else torch.cat((hidden, before[0])), all_rows)
-            self._few_layer(stream, host, experts)
-            return self._few_norm(stream[: len(hidden)]).to(hidden.dtype)
-        if before is not None:
+        if before is not None and self.few and self.few.takes(len(hidden) + len(before[0]), cache):
+            hidden, rows = torch.cat((hidden, before[0])), rows.followed_by(before[1])
+        elif before is not None:
             self.remember(*before, cache)
-            return self.forward(hidden, rows, cache, experts)
+        host = self.few and self.few.step(rows, cache)
+        if host and host.few:
+            stream = self._few_z(hidden, rows)
+            self._few_layer(stream, host, experts)
+            return self._few_norm(stream[: rows.attending]).to(hidden.dtype)
         step = Step.of(rows, self.config, host)
         y, _ = self.layer(self._z(hidden, rows), step, cache, experts, [None] * len(step.groups))
         return self.norm(y)

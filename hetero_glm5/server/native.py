@@ -22,7 +22,7 @@ from hetero_glm5.server.parsers import OutputParser, ParsedMessage
 from hetero_glm5.server.protocol import ChatRequest, parse_request
 from hetero_glm5.server.responses import json_response
 from hetero_glm5.server.service import Service
-from hetero_glm5.server.streaming import Choices, patience, reply
+from hetero_glm5.server.streaming import ChoicesTeller, patience, reply
 
 PROBE_SECONDS = 20.0  # that /health_generate waits for a token
 SCRAPE_SECONDS = 1.0  # that /metrics waits for the engine, which listens between two steps
@@ -95,7 +95,7 @@ class Native:
         collector = GenerateCollector(asked, prompts, self.tokenizer, name)
         answer, names = NativeAnswer(asked.many), frozenset((name, request_id(request)))
         generation = await self.worker.submit(prompts, params, patience(asked.stream), names=names)
-        return await reply(request, self.worker, generation, Choices(generation, collector, answer), asked.stream)
+        return await reply(request, self.worker, generation, ChoicesTeller(generation, collector, answer), asked.stream)
 
     async def tokenize(self, request: Request) -> Response:
         """vLLM's and SGLang's: of a text, of several, or of a chat as the model would see it."""

@@ -19,7 +19,7 @@ from hetero_glm5.server.parsers import OutputParser
 from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, SamplingRequest, parse_request
 from hetero_glm5.server.replay import Replay
 from hetero_glm5.server.responses import Answer, Kind, json_response
-from hetero_glm5.server.streaming import Choices, Collector, patience, reply
+from hetero_glm5.server.streaming import ChoicesTeller, Collector, patience, reply
 from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
 from hetero_glm5.server.worker import EngineWorker
 
@@ -146,7 +146,7 @@ class Service:
             salt=asked.cache_salt,
             names=asked.names | {answer.token, answer.id},
         )
-        teller = Choices(generation, collector, answer, include_usage=asked.include_usage)
+        teller = ChoicesTeller(generation, collector, answer, include_usage=asked.include_usage)
         return await reply(request, self.worker, generation, teller, asked.stream)
 
     def check_count(self, prompts: int, answers: int) -> None:

@@ -1,7 +1,7 @@
 """One request's way through the engine: events in, an answer or a stream of server-sent events out.
 
 Each API has a teller, which is told an event, returns what the stream says of it and remembers what the whole answer
-needs, so that an answer says the same streamed and not. Those of completions, chats and /generate are `Choices` of a
+needs, so that an answer says the same streamed and not. Those of completions, chats and /generate are told by a
 collector (collectors.py), those of agents' APIs are in turn.py.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -41,8 +41,8 @@ class Teller(Protocol):
         """Before anything has been computed."""
         ...
 
-    def tell(self, index: int, told: TokenEvent) -> list[bytes]:
-        """index: the answer's; a prompt's answers are neighbours."""
+    def tell(self, index: int, told: TokenEvent) -> Iterable[bytes]:
+        """index: the answer's; a prompt's answers are neighbours. Events are spelled as they are asked for."""
         ...
 
     def closing(self) -> list[bytes]: ...
@@ -80,17 +80,17 @@ async def _stream(generation: Generation, teller: Teller) -> AsyncIterator[bytes
     """An error after the first byte is an event, and the last one."""
     sent = time.monotonic()
     try:
-        for event in teller.opening():
-            yield event
+        for line in teller.opening():
+            yield line
         async for item in generation.events(SILENCE / 4):
-            events = [] if item is None else teller.tell(*item)
-            if not events and time.monotonic() - sent >= SILENCE:
-                events = [teller.ping]
-            for event in events:
-                yield event
+            lines = [] if item is None else [*teller.tell(*item)]
+            if not lines and time.monotonic() - sent >= SILENCE:
+                lines = [teller.ping]
+            for line in lines:
+                yield line
                 sent = time.monotonic()
-        for event in teller.closing():
-            yield event
+        for line in teller.closing():
+            yield line
     except (GenerationFailed, RequestError, QueueFull) as error:
         yield teller.failed(describe(error)[1]["error"])
     except Exception as error:  # a bug: the client hears of it instead of a cut connection
@@ -124,7 +124,7 @@ class Shape(Protocol):
     def usage_chunk(self, usage: Usage, timings: dict[str, float]) -> bytes: ...
 
 
-class Choices:
+class ChoicesTeller:
     """The teller of a collector's choices."""
 
     ping = PING
@@ -134,10 +134,10 @@ class Choices:
         self._include_usage = include_usage
 
     def opening(self) -> list[bytes]:
-        return self._chunks(self._collector.opening())
+        return [self._answer.chunk([choice]) for choice in self._collector.opening()]
 
-    def tell(self, index: int, told: TokenEvent) -> list[bytes]:
-        return self._chunks(self._collector.tell(index, told))
+    def tell(self, index: int, told: TokenEvent) -> Iterable[bytes]:
+        return (self._answer.chunk([choice]) for choice in self._collector.tell(index, told))
 
     def closing(self) -> list[bytes]:
         return [self._answer.usage_chunk(*self._costs()), DONE] if self._include_usage else [DONE]
@@ -147,9 +147,6 @@ class Choices:
 
     def whole(self) -> Any:
         return self._answer.whole(self._collector.choices(), *self._costs())
-
-    def _chunks(self, choices: list[dict[str, Any]]) -> list[bytes]:
-        return [self._answer.chunk([choice]) for choice in choices]
 
     def _costs(self) -> tuple[Usage, dict[str, float]]:
         return self._collector.usage, timings(self._generation, self._collector.usage)

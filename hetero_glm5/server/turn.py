@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -174,8 +175,8 @@ class TurnTeller(Teller, Protocol):
     turn: Turn
     id: str
 
-    def tell(self, index: int, told: TokenEvent) -> list[bytes]:
-        return [event for change in self.turn.tell(told) for event in self.say(*change)]
+    def tell(self, index: int, told: TokenEvent) -> Iterable[bytes]:
+        return (event for change in self.turn.tell(told) for event in self.say(*change))
 
     def say(self, what: str, part: Part, text: str) -> list[bytes]:
         """The events of one change."""

@@ -249,7 +249,10 @@ class Soak:
         if self.steps % 5 == 0:
             self.check_open()
         if self.steps % 200 == 0:
-            self.rss.append(psutil.Process().memory_info().rss)
+            store = self.engine.store
+            assert store is not None
+            queued = store.stats["queued_pages"] * store.page_bytes  # as much as the disk is slow
+            self.rss.append(psutil.Process().memory_info().rss - queued)
 
     def spoilt_forward(self, batch, clock) -> torch.Tensor:
         trouble = self.rng.choices((None, "before", "after", "nan"), (300, 2, 2, 6))[0]

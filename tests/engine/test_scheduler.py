@@ -36,6 +36,7 @@ class Memory:
         pass
 
     def discard(self, keys):
+        assert all(keys), "a page without a key was never kept"
         for key in keys:
             self.pages.pop(key, None)
 

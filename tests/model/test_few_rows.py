@@ -163,7 +163,7 @@ def test_what_it_takes(checkpoints):
 @torch.inference_mode()
 def test_what_many_rows_see(checkpoints, monkeypatch, variant, cache_type, isa):
     """Two prompts, one of them continued, beside a decoded row."""
-    monkeypatch.setattr(host_step, "FEW", 0)
+    monkeypatch.setattr(host_step, "FEW_ELEMENTS", 0)
     folder, length = tiny_checkpoint(checkpoints, **VARIANTS[variant]), 230
     ids = torch.tensor(random_ids(length))
     model, mtp, experts = load_model(folder)

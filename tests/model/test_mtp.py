@@ -9,6 +9,7 @@ from tiny import tiny_checkpoint
 from tiny_model import load_model, rows_of
 
 from hetero_glm5.experts.cpu_tier import HostPool
+from hetero_glm5.model import host_step
 from hetero_glm5.model.state import Cache
 
 T = 40  # longer than index_topk 16: the layer's own indexer chooses
@@ -19,9 +20,11 @@ ULP = {"float32": 1e-6, "bfloat16": 2**-7, "fp8_e4m3": 2**-3}
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8_e4m3"])
 @pytest.mark.parametrize("split", [1, 10, T - 2])
-@pytest.mark.parametrize("few", [False, True])
-def test_remembered_rows_serve_like_computed_ones(checkpoints, dtype, split, few):
-    model, mtp, experts = load_model(tiny_checkpoint(checkpoints), HostPool(2) if few else None)
+@pytest.mark.parametrize("path", ["torch", "few rows", "many rows"])
+def test_remembered_rows_serve_like_computed_ones(checkpoints, monkeypatch, dtype, split, path):
+    if path == "many rows":
+        monkeypatch.setattr(host_step, "FEW_ELEMENTS", 0)
+    model, mtp, experts = load_model(tiny_checkpoint(checkpoints), None if path == "torch" else HostPool(2))
     hidden = torch.randn(T, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
 
     def fresh() -> Cache:
