@@ -233,12 +233,15 @@ def drafted(options: Options, plain: Engine, drafts: Engine, batch: int, tempera
     for kind, name in product((*KINDS, "all"), depths):
         kinds = KINDS if kind == "all" else (kind,)
         tally = sum((tallies.get((name, k), Tally()) for k in kinds), Tally())
-        rates = [rate([runs[name, k][i] for k in kinds]) for i in range(options.rounds)]
-        base = [rate([runs["off", k][i] for k in kinds]) for i in range(options.rounds)]
+        rates, off, zero = (
+            [rate([runs[n, k][i] for k in kinds]) for i in range(options.rounds)] for n in (name, "off", "0")
+        )
+        ratios = {"to off": median_ratio(rates, off), "to 0": median_ratio(rates, zero)}
         rows.append(
             {"batch": batch, "temperature": temperature, "kind": kind, "depth": name}
             | tally.row()
-            | {"tokens/s": statistics.median(rates), "to off": median_ratio(rates, base)}
+            | {"tokens/s": statistics.median(rates)}
+            | ratios
         )
     return rows
 
