@@ -39,7 +39,6 @@ void Attention::forward(const AttentionCall& call) const {
   const Floats q_latent = projected.from(keys_width());
   for (int64_t t = 0; t < rows; t++) space.kernels().rms_norm({q_latent[t], w_.q_norm, s_.q_lora, s_.latent_eps, q_latent[t]});
   if (s_.index_heads > 0 && step.any_long()) choose(call, q_latent, q_latent.from(s_.q_lora));
-  step.check_chosen();
 
   const Floats mixed = space.mixed.shape(rows * s_.heads, s_.latent);
   const Queries queries{absorb(call, q_latent), s_.heads};

@@ -1,5 +1,6 @@
-// The model's dense part on CPU cores, above all for steps of few rows: what its layers share. A matrix is used as it lies in memory,
-// in fp32 or bf16; activations, sums and the residual stream are fp32. A workspace serves one model and one thread.
+// The model's dense part on CPU cores, for steps of few rows, and the attention of longer ones: what its layers share. A
+// matrix is used as it lies in memory, in fp32 or bf16; activations, sums and the residual stream are fp32. A workspace
+// serves one model and one thread.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Kernels over matrices and cached keys as they lie in memory, row by row, for the few rows of activations that are decoded
-// on a CPU. Every sum is one chain of sixteen lanes in the order of its terms, then a fixed tree, then what is left over of
+// Kernels over matrices and cached keys as they lie in memory, row by row, for few rows of activations, and for attention, on
+// a CPU. Every sum is one chain of sixteen lanes in the order of its terms, then a fixed tree, then what is left over of
 // sixteen: the other rows do not change a bit of it, nor does the ISA, but for two bf16 operands.
 #pragma once
 #include "base/bf16.h"
