@@ -3,6 +3,7 @@
 One seed decides what is asked, when, and what goes wrong. The engine is driven as the server's thread drives it.
 """
 
+import ctypes
 import re
 import statistics
 import time
@@ -252,6 +253,7 @@ class Soak:
             store = self.engine.store
             assert store is not None
             queued = store.stats["queued_pages"] * store.page_bytes  # as much as the disk is slow
+            ctypes.CDLL(None).malloc_trim(0)  # what a queue once held is not in use
             self.rss.append(psutil.Process().memory_info().rss - queued)
 
     def spoilt_forward(self, batch, clock) -> torch.Tensor:
