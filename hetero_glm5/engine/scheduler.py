@@ -72,6 +72,7 @@ class Scheduler:
         self.restoring = Restoring(cache, store)
         self._deadlines = 0  # how many sequences have one
         self._unfilled: list[Sequence] = []  # whose pages the batch in progress fills
+        self._untold: list[TokenEvent] = []  # of a commit that raised midway
         self._awaited: dict[Sequence, tuple[Sequence, int]] = {}  # who must have computed how much before it is let in
         self._blocked: tuple[Sequence | None, int] = None, 0  # who found no room, and how many pages it needs
 
@@ -248,7 +249,7 @@ class Scheduler:
     def commit(self, batch: Batch, drawn: list[list[Drawn]]) -> list[TokenEvent]:
         """Takes note of what the step computed. drawn[i]: for chunk i the tokens that follow, of which all but the last
         were drafted; empty if none was drawn; INVALID_TOKEN alone if its logits are not finite."""
-        events = []
+        events = self._untold = []
         self._filled()
         for chunk, tokens in zip(batch.chunks, drawn, strict=True):
             seq = chunk.seq
@@ -268,6 +269,7 @@ class Scheduler:
             self.cache.keep(seq)
             if tokens and event.finish_reason is not None:
                 self._finish(seq, event.finish_reason)
+        self._untold = []
         return events
 
     def _count(self, chunk: Chunk, tokens: list[Drawn]) -> None:
@@ -281,7 +283,8 @@ class Scheduler:
     def fail(self, batch: Batch, message: str) -> list[TokenEvent]:
         """Ends the sequences of a batch that could not be computed, and those whose pages it should have filled."""
         unlucky = dict.fromkeys([*(chunk.seq for chunk in batch.chunks), *self._unfilled])
-        events = [self._fail(seq, message) for seq in unlucky if not seq.finished]
+        events, self._untold = self._untold, []
+        events += [self._fail(seq, message) for seq in unlucky if not seq.finished]
         self._unfilled.clear()
         self.cache.unpin()
         return events

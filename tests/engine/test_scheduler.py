@@ -186,6 +186,30 @@ def test_every_request_gets_its_own_tokens(requests, pool_pages, chunk, most, op
     world.finish()
 
 
+def test_a_commit_that_fails_midway_loses_no_event():
+    world = World(20)
+    scheduler, seqs = world.scheduler, [request([i, i], 1) for i in range(3)]
+    for seq in seqs:
+        scheduler.add(seq)
+    batch = scheduler.schedule()
+    judge = scheduler.stopping.event
+
+    def event(seq, drawn):
+        if seq is seqs[1]:
+            raise MemoryError
+        return judge(seq, drawn)
+
+    scheduler.stopping.event = event
+    with pytest.raises(MemoryError):
+        scheduler.commit(batch, world.model.forward(batch))
+    events = scheduler.fail(batch, "no luck")
+    assert [(event.seq, event.finish_reason) for event in events] == [
+        (seqs[0], "length"), (seqs[1], "error"), (seqs[2], "error"),
+    ]  # fmt: skip
+    assert scheduler.fail(batch, "no luck") == []
+    world.finish()
+
+
 def test_what_was_computed_is_not_computed_again():
     world = World(40, chunked_prefill_size=8)
     prompt = continuation([3], 21)
