@@ -42,7 +42,7 @@ class QueueFull(UserError):
 @dataclass(frozen=True)
 class Grammar:
     """What a whole answer must match: a JSON schema, a regular expression, or llguidance's dialect of Lark, in which
-    <name> stands for a special token. Only compiling it (Sampler.prepare) tells whether it is one. `source` is the
+    <name> stands for a special token. Only compiling it (Sampler.compile) tells whether it is one. `source` is the
     field of a request that it comes from. RequestError."""
 
     kind: GrammarKind

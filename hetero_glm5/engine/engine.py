@@ -16,6 +16,7 @@ from hetero_glm5.config import KV_DISK_GIB, EngineConfig
 from hetero_glm5.core import (
     Batch,
     Drawn,
+    Grammar,
     LoadProgress,
     PromptTooLong,
     QueueFull,
@@ -146,6 +147,10 @@ class Engine:
         """After a step that raised: ends the sequences it was computing with error events; the others go on."""
         self._computed = None
         return self.scheduler.fail(self.batch, message)
+
+    def compile(self, grammar: Grammar) -> None:
+        """What may take long of `add`, a second at worst. For any thread, unlike all else. Raises RequestError."""
+        self.sampler.compile(grammar)
 
     def add(
         self,

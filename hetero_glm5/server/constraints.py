@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from hetero_glm5.core import Grammar, RequestError
 from hetero_glm5.server.fields import shown
-from hetero_glm5.server.tool_grammar import ANY_JSON, json_rule, matching
+from hetero_glm5.server.tool_grammar import ANY_JSON, json_rule, matching, one_of
 
 FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar", "guided_choice")
 Kind = Literal["json", "regex", "grammar", "choice"]
@@ -38,7 +38,7 @@ class Constraint:
         if self.kind == "json":
             return json_rule(self.value)
         if self.kind == "choice":
-            return " | ".join(map(json.dumps, self.value))
+            return one_of(self.value)
         if self.kind == "grammar":
             return f"%lark {{\n{self.value}\n}}"
         slashes = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", self.value, flags=re.DOTALL)

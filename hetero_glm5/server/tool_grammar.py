@@ -11,6 +11,7 @@ string (as the parser reads it, server/tool_types.py), one of the strings of an 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from hetero_glm5.core import Grammar, RequestError
@@ -29,6 +30,12 @@ def json_answer(schema: dict[str, Any], *, thinking: bool) -> Grammar:
 def json_rule(schema: dict[str, Any]) -> str:
     """JSON of `schema`, without endless blanks, as the right-hand side of a rule."""
     return "%json " + json.dumps({"x-guidance": {"whitespace_pattern": BLANKS}} | schema)
+
+
+def one_of(texts: list[str]) -> str:
+    """One of `texts`, as the right-hand side of a rule: a single lexeme, for alternatives of a rule are few."""
+    spelt = (re.sub(r"[^\w ]", lambda mark: rf"\x{{{ord(mark[0]):x}}}", text) for text in texts)
+    return f"/{'|'.join(spelt)}/"
 
 
 def matching(
@@ -101,7 +108,7 @@ def _value(part: Any, root: dict[str, Any]) -> str:
     kinds = allowed_types(part, root)
     choices = part.get("enum") if isinstance(part, dict) else None
     if isinstance(choices, list) and choices and all(isinstance(choice, str) and choice for choice in choices):
-        return "(" + " | ".join(map(json.dumps, choices)) + ")"
+        return one_of(choices)
     if "string" in kinds or not isinstance(part, dict):
         return "VALUE?"
     shared = {name: root[name] for name in REFERENCES if name in root}

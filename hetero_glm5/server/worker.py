@@ -1,8 +1,9 @@
 """The engine's thread, and how requests on the event loop reach it.
 
 The engine thread owns the engine: it loads it, then obeys commands, steps, and hands each step's events to the loop in
-one call. Everything else here belongs to the loop's thread. A third thread watches: when the engine is busy and has
-finished no step for too long, nobody waits for it any more.
+one call. Everything else here belongs to the loop's thread. A third thread compiles grammars, one at a time, for cores
+are scarce. A fourth watches: when the engine is busy and has finished no step for too long, nobody waits for it any
+more.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal
 
@@ -53,6 +55,8 @@ class Generation:
         self.last: float | None = None
         self.queue: asyncio.Queue[tuple[int, TokenEvent] | Exception | None] = asyncio.Queue()
         self.unfinished = len(prompts) * params.n
+        self.compiled: Future[None] = Future()  # the grammar
+        self.compiled.set_result(None)
 
     async def next(self, patience: float | None) -> tuple[int, TokenEvent] | None:
         """(answer's number, event); None for "accepted", or when `patience` seconds brought nothing.
@@ -111,6 +115,7 @@ class EngineWorker:
         self._busy_since: float | None = None  # when the step in progress began
         self._failures = 0  # steps in a row that raised; the engine thread's
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._compiler = ThreadPoolExecutor(1, "grammars")
 
     # On the loop's thread.
 
@@ -122,6 +127,7 @@ class EngineWorker:
 
     async def stop(self) -> None:
         """Finishes what was submitted and closes the engine. An engine that is still loading is left behind."""
+        await asyncio.to_thread(self._compiler.shutdown)
         self._commands.put(self._set_stopping)
         while self.state == "ready" and self.alive:  # no join: an engine that hangs is given up by the watchdog
             await asyncio.sleep(0.01)
@@ -157,8 +163,10 @@ class EngineWorker:
         """
         self._check_ready()
         generation = Generation(prompts, params, salt, names)
+        if params.grammar is not None:
+            generation.compiled = self._compiler.submit(self._engine.compile, params.grammar)
         self._generations.add(generation)
-        self._commands.put(lambda: self._add(generation))
+        self._order(self._add, generation)
         try:
             await generation.next(patience)
         except BaseException:  # also when cancelled
@@ -170,13 +178,13 @@ class EngineWorker:
         """Nobody listens any more: what is unfinished is aborted."""
         self._generations.discard(generation)
         if generation.unfinished:
-            self._commands.put(lambda: self._abort(generation))
+            self._order(self._abort, generation)
 
     def abort(self, name: str | None) -> int:
         """Ends the generations of that name, or all; their listeners hear of it. How many there were."""
         ended = [g for g in self._generations if g.unfinished and (name is None or name in g.names)]
         for generation in ended:
-            self._commands.put(partial(self._abort, generation))
+            self._order(self._abort, generation)
         return len(ended)
 
     async def ask(self, question: Callable[[Any], Any]) -> Any:
@@ -192,6 +200,10 @@ class EngineWorker:
             return await answer
         finally:
             self._answers.discard(answer)
+
+    def _order(self, command: Callable[[Generation], None], generation: Generation) -> None:
+        """Has the engine's thread call command(generation), when its grammar is compiled."""
+        generation.compiled.add_done_callback(lambda _: self._commands.put(partial(command, generation)))
 
     def _check_ready(self) -> None:
         if self.state != "ready":
@@ -298,6 +310,7 @@ class EngineWorker:
         added: list[Sequence] = []
         answer: Exception | None = None
         try:
+            generation.compiled.result()
             for tokens in generation.prompts:
                 added += self._engine.add_all(
                     tokens, generation.params, salt=generation.salt, timeout=self._request_timeout

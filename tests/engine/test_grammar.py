@@ -100,6 +100,14 @@ def test_answers_match_regular_expressions(sampler, tokenizer, regex):
     assert all(re.fullmatch(regex, text) for text in texts) and len(set(texts)) > 1
 
 
+def test_numbers_are_multiples(sampler, tokenizer):
+    schema = {"type": "integer", "multipleOf": 700, "minimum": 1, "maximum": 10**7}
+    digits = [tokenizer.encode(digit).ids[0] for digit in "0123456789"]
+    answers = [generate(sampler, Model(s, digits), Grammar("json_schema", json.dumps(schema)))[:-1] for s in range(8)]
+    numbers = [int(tokenizer.decode(answer)) for answer in answers]
+    assert len(set(numbers)) > 4 and not any(number % 700 for number in numbers)
+
+
 def test_grammars_name_added_tokens_and_strings_hold_none(tokenizer, eos):
     spec = json.loads(tokenizer.to_str())
     for token in spec["added_tokens"]:
@@ -158,6 +166,10 @@ def test_after_the_end_only_an_end_token_follows(sampler, eos):
         (("json_schema", '{"type": "object", "propertyNames": {}}'), "response_format", "propertyNames"),
         (("json_schema", '{"$ref": "http://example.com/x"}'), "response_format", "not present"),
         (("json_schema", "\ud800"), "response_format", "not JSON"),
+        (("json_schema", '{"multipleOf": 2147483648}'), "response_format", "multipleOf of 2147483648; .* most 100000"),
+        (("json_schema", '{"multiple\\u004ff" :\n0.1000010}'), "response_format", "multipleOf of 0.1000010;"),
+        (("json_schema", '{"multipleOf": ' + "7" * 9000 + "}"), "response_format", "multipleOf of 7{40};"),
+        (("lark", 'start: %json {"not": {"multipleOf": 991}, "multipleOf": 0.989}'), "grammar", "multipleOf of 0.989"),
         (("regex", "a("), "grammar", "unclosed group"),
         (("lark", "start: other"), "grammar", "unknown name"),
         (("lark", "start: <nobody>"), "grammar", "unknown special token"),
@@ -226,7 +238,8 @@ def test_a_lexer_that_others_filled_is_made_anew(tokenizer, eos, monkeypatch):
     monkeypatch.setattr("hetero_glm5.engine.grammar.LIMITS", LLParserLimits(max_lexer_states=400, verbose_errors=False))
     grammars, grammar = Grammars(tokenizer, eos), Grammar("regex", "([a-z]{1,50}[0-9]){1,200}")
     made = []
-    monkeypatch.setattr(grammars, "clear", lambda clear=grammars.clear: made.append(1) or clear())
+    renew = grammars.renew
+    monkeypatch.setattr(grammars, "renew", lambda grammar: made.append(1) or renew(grammar))
     for seed in range(4):
         seq, constraint = Sequence([1], SamplingParams(), 1), Constraint(grammars, grammar, PADDED)
         random = torch.Generator().manual_seed(seed)
@@ -266,9 +279,6 @@ class Tired:
 class TiredGrammars:
     def matcher(self, grammar):
         return Tired()
-
-    def clear(self):
-        pass
 
 
 def test_a_limit_met_while_drafting_counts_only_where_it_is_reached():

@@ -8,7 +8,7 @@ import pytest
 from served import Served, running_server
 
 from hetero_glm5.config import ServerConfig
-from hetero_glm5.core import LoadProgress, PromptTooLong, QueueFull, SamplingParams, Sequence, TokenEvent
+from hetero_glm5.core import Grammar, LoadProgress, PromptTooLong, QueueFull, SamplingParams, Sequence, TokenEvent
 from hetero_glm5.demo.chat_template import CHAT_TEMPLATE
 from hetero_glm5.demo.tokenizer import build_tokenizer
 from hetero_glm5.server.chat_template import ChatTemplate
@@ -30,7 +30,9 @@ class FakeEngine:
         self.params: list[SamplingParams] = []
         self.salts: list[str | None] = []
         self.closed = False
-        self.before_step: Callable[[], None] = lambda: None  # tests put delays and failures here
+        # Tests put delays and failures here.
+        self.before_step: Callable[[], None] = lambda: None
+        self.before_compiling: Callable[[Grammar], None] = lambda grammar: None
 
     @property
     def busy(self) -> bool:
@@ -55,6 +57,9 @@ class FakeEngine:
         self.running[seq] = self.answer(tokens)[: params.max_tokens]
         self.params.append(params)
         return seq
+
+    def compile(self, grammar: Grammar) -> None:
+        self.before_compiling(grammar)
 
     def abort(self, seq: Sequence) -> None:
         if self.running.pop(seq, None) is not None:

@@ -7,6 +7,7 @@ from hetero_glm5.core import RequestError
 from hetero_glm5.engine.grammar import Grammars
 from hetero_glm5.model_config import DEMO_FOLDER
 from hetero_glm5.server.constraints import FIELDS, Constraint, asked_constraint
+from hetero_glm5.server.tool_grammar import tool_calls
 
 INTEGER = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}}
@@ -57,6 +58,21 @@ def test_what_matches(matches, fields, right, wrong):
     assert matches(thinking, f"Well.</think>{right}") and not matches(thinking, right)
     assert matches(calls, f"Well.</think>\n{right}") and not matches(calls, f"</think>{wrong}")
     assert matches(calls, f"Well.</think>\n{CALL}") and not matches(calls, f"</think>{CALL}{CALL}")
+
+
+def test_there_may_be_many_choices_and_tools(matches):
+    marks = ["", " ", "/", "\n", "\t", '"', "é", "日本", "🙂", "<|x|>", "(?i)", "\\d", "[^a]", "&&", "~", "A|B"]
+    texts = [f"label {i}{marks[i % len(marks)]}x" for i in range(1000)]
+    choice = asked(guided_choice=texts).grammar()
+    for number in (0, 517, *range(980, 1000)):
+        assert matches(choice, texts[number]) and not matches(choice, texts[number][:-1])
+    where = {"type": "object", "properties": {"where": {"enum": texts}}, "required": ["where"]}
+    tools = [{"type": "function", "function": {"name": f"go_{i}", "parameters": where}} for i in range(12)]
+    tools += [{"type": "function", "function": {"name": f"do_{i}"}} for i in range(900)]
+    calls = tool_calls(tools, thinking=False)
+    place = "<arg_key>where</arg_key><arg_value>{}</arg_value>"
+    assert matches(calls, f"<tool_call>go_7{place.format(texts[985])}</tool_call><tool_call>do_899</tool_call>")
+    assert not matches(calls, f"<tool_call>go_7{place.format('label 1000x')}</tool_call>")
 
 
 def test_blanks_in_json_end(matches):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hetero_glm5.core import QueueFull, RequestError, SamplingParams, UserError
+from hetero_glm5.core import Grammar, QueueFull, RequestError, SamplingParams, UserError
 from hetero_glm5.server.errors import GenerationFailed, NotReady
 from hetero_glm5.server.worker import MAX_FAILURES, EngineWorker
 
@@ -271,6 +271,48 @@ def test_a_refusal_after_the_patience_comes_with_the_events(fake_engine):
                 pass
         worker.close(late)
         worker.close(first)
+        await worker.stop()
+
+    asyncio.run(main())
+
+
+def test_grammars_are_compiled_while_others_are_served(fake_engine):
+    async def main():
+        engine, hold = fake_engine(), threading.Event()
+        engine.before_compiling = lambda grammar: hold.wait(10)
+        worker = await started(engine)
+        params = SamplingParams(max_tokens=5, grammar=Grammar("regex", "a"))
+        closed, aborted, kept, last = [
+            await worker.submit([[n]], params, patience=0.02, names=frozenset({str(n)})) for n in range(4)
+        ]
+        assert await text_of(worker, [1]) == "".join(engine.answer([1])[:5])
+        worker.close(closed)
+        assert worker.abort("1") == 1
+        stopping = asyncio.create_task(worker.stop())
+        await asyncio.sleep(0.02)
+        assert worker.state == "ready" and len(engine.params) == 1, "no grammar is compiled yet"
+        hold.set()
+        assert [item[1].finish_reason async for item in aborted.events() if item][-1] == "abort"
+        for generation in (kept, last):
+            assert len([item async for item in generation.events() if item]) == 5
+        await stopping
+        assert engine.closed and not engine.running and len(engine.aborted) == 2
+
+    asyncio.run(main())
+
+
+def test_a_grammar_that_cannot_be_compiled_is_its_requests_alone(fake_engine):
+    def fail(grammar):
+        raise RequestError("no grammar", "grammar") if grammar.text == "a" else MemoryError("x")
+
+    async def main():
+        engine = fake_engine()
+        engine.before_compiling = fail
+        worker = await started(engine)
+        for text, error, words in (("a", RequestError, "^no grammar$"), ("b", GenerationFailed, "MemoryError: x")):
+            with pytest.raises(error, match=words):
+                await text_of(worker, [1], SamplingParams(grammar=Grammar("regex", text)))
+        assert await text_of(worker, [1]) and worker.num_open == 0
         await worker.stop()
 
     asyncio.run(main())
