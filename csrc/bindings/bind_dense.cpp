@@ -60,13 +60,17 @@ struct WorkspaceHandle {
 };
 using SharedSpace = std::shared_ptr<WorkspaceHandle>;
 
-Keys cached_keys(const char* name, py::array& a, int64_t width, const Step& step) {
-  const bool bf16 = is_bf16(name, a);
+// `kept`: of a row's `width` values those that FP8 leaves as they are.
+Keys cached_keys(const char* name, py::array& a, int64_t width, int64_t kept, const Step& step) {
+  Keys keys{nullptr, KeyType::fp8, width, kept};
+  if (a.dtype().equal(py::dtype::of<uint8_t>())) check_array<uint8_t>(name, a, {-1, -1});
+  else keys.type = is_bf16(name, a) ? KeyType::bf16 : KeyType::fp32;
   const int64_t slot = step.rows() > 0 ? *std::max_element(step.slots.begin(), step.slots.end()) : -1;
-  const bool fits = a.shape(1) == width && slot < a.shape(0);
-  CHECK(fits, name, " has shape ", shape_text(a), ", must be [more than ", slot, ", ", width, "]");
+  const bool fits = a.shape(1) == keys.elements() && slot < a.shape(0);
+  CHECK(fits, name, " has shape ", shape_text(a), ", must be [more than ", slot, ", ", keys.elements(), "]");
   CHECK(a.writeable(), name, " is read-only");
-  return {a.mutable_data(), bf16, width};
+  keys.data = a.mutable_data();
+  return keys;
 }
 
 struct StepHandle {
@@ -76,7 +80,7 @@ struct StepHandle {
   void select(WorkspaceHandle& space, py::array q, py::array weights, py::array keys) {
     const Queries queries = queries_of(q);
     const Floats of_heads = float_rows("weights", weights, step.rows(), queries.heads);
-    const Keys read = cached_keys("keys", keys, q.shape(2), step);
+    const Keys read = cached_keys("keys", keys, q.shape(2), 0, step);
     space.run([&](Workspace& work) { hetero::select(work, step, read, queries, of_heads); });
   }
   void attend(WorkspaceHandle& space, py::array q, py::array keys, float scale, py::array out) {
@@ -84,7 +88,7 @@ struct StepHandle {
     check_array<float>("out", out, {step.rows(), queries.heads, -1});
     const int64_t latent = out.shape(2);
     CHECK(latent <= q.shape(2), "out has ", latent, " columns, more than the keys' ", q.shape(2));
-    const Keys read = cached_keys("keys", keys, q.shape(2), step);
+    const Keys read = cached_keys("keys", keys, q.shape(2), q.shape(2) - latent, step);
     float* mixed = writable<float>("out", out);
     space.run([&](Workspace& work) { hetero::attend(work, step, read, queries, scale, {mixed, latent}); });
   }
@@ -150,8 +154,8 @@ class AttentionHandle {
     CHECK(step.rope == shape_.rope, "the step turns ", step.rope, " values, the layer ", shape_.rope);
     CHECK(index.has_value() == (shape_.index_heads > 0), "an indexer's keys go with an indexer");
     const Floats stream = float_rows("x", x, step.rows(), hidden_);
-    const Keys cached = cached_keys("latents", latents, shape_.latent + shape_.rope, step);
-    const Keys of_index = index ? cached_keys("index", *index, shape_.index_dim, step) : Keys{};
+    const Keys cached = cached_keys("latents", latents, shape_.latent + shape_.rope, shape_.rope, step);
+    const Keys of_index = index ? cached_keys("index", *index, shape_.index_dim, 0, step) : Keys{};
     space_->run([&](Workspace& space) { attention_->forward({space, step, stream, cached, of_index}); });
   }
 

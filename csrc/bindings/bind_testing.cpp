@@ -72,6 +72,7 @@ void bind_testing(py::module_& m) {
   t.def("fp16_to_float", py::vectorize([](uint16_t h) { return fp16_to_float(h); }));
   t.def("float_to_fp16", py::vectorize([](float f) { return float_to_fp16(f); }));
   t.def("e4m3_to_float", py::vectorize([](uint8_t c) { return e4m3_to_float(c); }));
+  t.def("float_to_e4m3", py::vectorize([](float x) { return float_to_e4m3(x); }));
   t.def("arena", [](int64_t bytes, const std::vector<int>& nodes) {
     auto* arena = new Arena(bytes, nodes);
     const py::capsule owner(arena, [](void* p) { delete static_cast<Arena*>(p); });

@@ -1,5 +1,6 @@
 // What rows see of the cached keys: an indexer's choice among them, and attention over them.
 #pragma once
+#include "dense/keys.h"
 #include "dense/step.h"
 #include "dense/workspace.h"
 

@@ -2,20 +2,10 @@
 
 #include <cmath>
 
-#include "base/bf16.h"
 #include "dense/attend.h"
 
 namespace hetero {
 namespace {
-
-void store_key(const Keys& keys, int64_t slot, const float* x) {
-  if (keys.bf16) {
-    uint16_t* to = static_cast<uint16_t*>(keys.data) + slot * keys.width;
-    for (int64_t i = 0; i < keys.width; i++) to[i] = float_to_bf16(x[i]);
-  } else {
-    std::copy_n(x, keys.width, static_cast<float*>(keys.data) + slot * keys.width);
-  }
-}
 
 void layer_norm(float* x, int64_t count, const float* weight, const float* bias, float eps) {
   double sum = 0, squares = 0;
@@ -63,11 +53,11 @@ void Attention::write(const AttentionCall& call, Floats projected) const {
     float *latent = projected[t], *key = latent + s_.latent + s_.rope;
     call.space.kernels().rms_norm({latent, w_.kv_norm, s_.latent, s_.latent_eps, latent});
     step.turn(t, latent + s_.latent);
-    store_key(call.latents, step.slots[t], latent);
+    call.latents.store(step.slots[t], latent);
     if (s_.index_heads == 0) continue;
     layer_norm(key, s_.index_dim, w_.index_norm, w_.index_bias, s_.index_eps);
     step.turn(t, key);
-    store_key(call.index, step.slots[t], key);
+    call.index.store(step.slots[t], key);
   }
 }
 

@@ -1,6 +1,7 @@
 // Absorbed multi-head latent attention with its indexer and the norm before it, for few rows: x += Attention(RMS(x)).
 // model/attention.py and model/indexer.py say what is computed.
 #pragma once
+#include "dense/keys.h"
 #include "dense/step.h"
 #include "dense/workspace.h"
 

@@ -23,14 +23,6 @@ struct Matrix {  // [rows][cols]; someone else's memory
   }
 };
 
-struct Keys {  // a cache: slots of `width` values
-  void* data = nullptr;
-  bool bf16 = false;
-  int64_t width = 0;
-
-  RowMatrix at(const int64_t* slots) const { return {data, bf16, width, slots}; }
-};
-
 // [rows][stride] floats of a buffer.
 struct Floats {
   float* data;
@@ -46,6 +38,7 @@ class FloatBuffer {
     memory_.reserve(rows * stride);
     return {memory_.data(), stride};
   }
+  float* data() { return memory_.data(); }
 
  private:
   ScratchBuffer<float> memory_;
@@ -58,7 +51,7 @@ struct Workspace {
   const RowKernels& kernels() const { return pool.kernels.rows; }
 
   HostPool& pool;
-  FloatBuffer normed, projected, queries, absorbed, mixed, heads, index_queries, index_scores, hidden;
+  FloatBuffer normed, projected, queries, absorbed, mixed, heads, index_queries, index_scores, decoded, hidden;
   std::vector<WorkerScores> workers;
 
   uint16_t* rounded(int64_t count) {  // room for the inputs of one product

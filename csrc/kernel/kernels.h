@@ -91,6 +91,7 @@ struct NormArgs {  // out = weight * x / sqrt(mean(x^2) + eps); may be in place
 struct RowKernels {
   void (*dot)(const DotArgs&);
   void (*round)(const float* x, int64_t count, uint16_t* out);  // to bf16
+  void (*widen)(const uint8_t* codes, int64_t count, float scale, float* out);  // scale times E4M3
   void (*mix)(const MixArgs&);
   void (*softmax)(float* x, int64_t count, float scale);  // of scale * x, in place; room for a multiple of kLanes
   void (*rms_norm)(const NormArgs&);

@@ -3,6 +3,7 @@
 // sixteen: the other rows do not change a bit of it, nor does the ISA, but for two bf16 operands.
 #pragma once
 #include "base/bf16.h"
+#include "base/fp8.h"
 #include "format/format.h"
 #include "kernel/exp.h"
 #include "kernel/kernels.h"
@@ -101,6 +102,12 @@ inline void round_row(const float* x, int64_t count, uint16_t* out) {
   for (int64_t i = body; i < count; i++) out[i] = float_to_bf16(x[i]);
 }
 
+inline void widen_row(const uint8_t* codes, int64_t count, float scale, float* out) {
+  const int64_t body = count / kLanes * kLanes;
+  for (int64_t i = 0; i < body; i += kLanes) store(out + i, mul(load_e4m3(codes + i), set1(scale)));
+  for (int64_t i = body; i < count; i++) out[i] = e4m3_to_float(codes[i]) * scale;
+}
+
 // C vectors of columns of M outputs.
 template <class T, int C, int M>
 inline __attribute__((always_inline)) void mix_block(const MixArgs& a, const RowsOf<T>& rows, int64_t column, int64_t m) {
@@ -182,7 +189,7 @@ inline void rms_norm(const NormArgs& args) {
   for (int64_t i = body; i < a.cols; i++) a.out[i] = a.x[i] * inverse * a.weight[i];
 }
 
-constexpr RowKernels kRowKernels = {&dot_rows, &round_row, &mix_rows, &softmax, &rms_norm};
+constexpr RowKernels kRowKernels = {&dot_rows, &round_row, &widen_row, &mix_rows, &softmax, &rms_norm};
 
 }  // namespace
 }  // namespace hetero

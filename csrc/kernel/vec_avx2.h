@@ -95,6 +95,13 @@ inline __m256 top_e4m3(__m256i d) {
   const __m256i sign = _mm256_and_si256(d, _mm256_set1_epi32(static_cast<int>(0x80000000)));
   return floats(_mm256_or_si256(_mm256_or_si256(value, nan), sign));
 }
+inline F32 load_e4m3(const uint8_t* p) {
+  const auto half = [&](int i) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i));
+    return top_e4m3(_mm256_slli_epi32(_mm256_cvtepu8_epi32(codes), 24));
+  };
+  return {half(0), half(1)};
+}
 inline void load_e4m3(const uint8_t* line, Pair& first, Pair& second) {
   const __m256i a = half_line(line), b = half_line(line + 32);
   first.even = {top_e4m3(_mm256_slli_epi32(a, 24)), top_e4m3(_mm256_slli_epi32(b, 24))};

@@ -55,6 +55,22 @@ inline void store_bf16(uint16_t* p, F32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(h));
 }
 
+// The E4M3 byte on top of each dword; see vec_avx2.h.
+inline F32 top_e4m3(__m512i d) {
+  const __m512i code = _mm512_and_si512(_mm512_srli_epi32(d, 4), _mm512_set1_epi32(0x07f00000));
+  const __m512 raised = floats(_mm512_add_epi32(code, _mm512_set1_epi32(121 << 23)));
+  const __m512i subnormal = bits(_mm512_sub_ps(raised, _mm512_set1_ps(0x1p-6f)));
+  const __mmask16 is_normal = _mm512_cmpge_epi32_mask(code, _mm512_set1_epi32(1 << 23));
+  const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(0x07f00000));
+  __m512i value = _mm512_mask_add_epi32(subnormal, is_normal, code, _mm512_set1_epi32(120 << 23));
+  value = _mm512_mask_mov_epi32(value, is_nan, _mm512_set1_epi32(0x7fc00000));
+  return {floats(_mm512_ternarylogic_epi32(value, d, _mm512_set1_epi32(static_cast<int>(0x80000000)), 0xF8))};
+}
+inline F32 load_e4m3(const uint8_t* p) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return top_e4m3(_mm512_slli_epi32(_mm512_cvtepu8_epi32(codes), 24));
+}
+
 inline __m512i whole_line(const uint8_t* line) { return _mm512_load_si512(line); }
 inline F32 load_line(const uint8_t* line) { return {floats(whole_line(line))}; }
 inline F32 dot(F32 acc, F32 w, uint32_t x) { return fma(w, set1(as_float(x)), acc); }
@@ -210,17 +226,6 @@ inline F32 dot(F32 acc, const Pair& w, uint32_t x) {
   return fma(w.odd, set1(as_float(x & 0xffff0000)), fma(w.even, set1(as_float(x << 16)), acc));
 }
 
-// The E4M3 byte on top of each dword; see vec_avx2.h.
-inline F32 top_e4m3(__m512i d) {
-  const __m512i code = _mm512_and_si512(_mm512_srli_epi32(d, 4), _mm512_set1_epi32(0x07f00000));
-  const __m512 raised = floats(_mm512_add_epi32(code, _mm512_set1_epi32(121 << 23)));
-  const __m512i subnormal = bits(_mm512_sub_ps(raised, _mm512_set1_ps(0x1p-6f)));
-  const __mmask16 is_normal = _mm512_cmpge_epi32_mask(code, _mm512_set1_epi32(1 << 23));
-  const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(0x07f00000));
-  __m512i value = _mm512_mask_add_epi32(subnormal, is_normal, code, _mm512_set1_epi32(120 << 23));
-  value = _mm512_mask_mov_epi32(value, is_nan, _mm512_set1_epi32(0x7fc00000));
-  return {floats(_mm512_ternarylogic_epi32(value, d, _mm512_set1_epi32(static_cast<int>(0x80000000)), 0xF8))};
-}
 inline void load_e4m3(const uint8_t* line, Pair& first, Pair& second) {
   const __m512i d = whole_line(line);
   first = {top_e4m3(_mm512_slli_epi32(d, 24)), top_e4m3(_mm512_slli_epi32(d, 8))};

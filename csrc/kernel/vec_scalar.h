@@ -71,6 +71,7 @@ inline Pair load_pair(const uint8_t* line) {
 }
 inline Pair load_pairs(const uint16_t* p) { return load_pair(reinterpret_cast<const uint8_t*>(p)); }  // at any address
 inline F32 dot(F32 acc, const Pair& a, const Pair& b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
+inline F32 load_e4m3(const uint8_t* p) { return each([&](int i) { return e4m3_to_float(p[i]); }); }  // at any address
 // E4M3 bytes in the order k0 k2 k1 k3 of each row.
 inline void load_e4m3(const uint8_t* line, Pair& first, Pair& second) {
   const auto byte = [&](int at) { return each([&](int i) { return e4m3_to_float(line[4 * i + at]); }); };

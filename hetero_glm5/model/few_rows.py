@@ -15,7 +15,6 @@ from hetero_glm5 import _C
 from hetero_glm5.model.attention import Attention
 from hetero_glm5.model.host_step import HostStep, most_few_rows, stored
 from hetero_glm5.model.indexer import K_NORM_EPS
-from hetero_glm5.model.key_store import PlainRows
 from hetero_glm5.model.layers import Layer
 from hetero_glm5.model.moe import Experts, MoE
 from hetero_glm5.model.state import Cache, Rows
@@ -32,13 +31,13 @@ class FewRows:
         self.config = config
         self._space = _C.DenseWorkspace(pool)
 
-    def takes(self, rows: int, cache: Cache) -> bool:
+    def takes(self, rows: int) -> bool:
         """Whether a step of so many rows is one of few."""
-        return rows <= most_few_rows(self.config) and _is_plain(cache)
+        return rows <= most_few_rows(self.config)
 
-    def step(self, rows: Rows, cache: Cache) -> HostStep | None:
-        """Of few rows or many; None if the cache's keys are quantised."""
-        return HostStep(self._space, rows, cache, self.config) if _is_plain(cache) else None
+    def step(self, rows: Rows, cache: Cache) -> HostStep:
+        """Of few rows or many."""
+        return HostStep(self._space, rows, cache, self.config)
 
     def layer(self, layer: Layer) -> FewLayer:
         return FewLayer(self.config, self._space, layer)
@@ -50,10 +49,6 @@ class FewRows:
     def norm(self, norm: RMSNorm) -> RowFunction:
         """x [T, width] → fp32 of the same shape."""
         return RowFunction(_C.DenseNorm(self._space, host_array("weight", norm.weight), norm.eps), len(norm.weight))
-
-
-def _is_plain(cache: Cache) -> bool:
-    return isinstance(cache.latent[0].format, PlainRows)
 
 
 class RowFunction:

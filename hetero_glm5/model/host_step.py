@@ -1,4 +1,4 @@
-"""A step on CPU cores whose cached keys are plain numbers: what its rows see of them, over _C.
+"""A step on CPU cores: what its rows see of the cached keys, over _C.
 
 What ops.select_slots and ops.attend_* compute, row by row, without copies of the keys that a row reads.
 """
@@ -54,7 +54,7 @@ class HostStep:
 
 
 def stored(keys: KeyStore) -> np.ndarray:
-    """[slots, width]"""
+    """[slots, elements of a row], in which _C tells the format by the type."""
     return host_array("keys", keys.rows)
 
 

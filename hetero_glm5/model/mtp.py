@@ -41,7 +41,7 @@ class MTP:
     ) -> Tensor:
         """m [T, hidden] from the model's hidden states [T, hidden] at the rows' positions; rows.token_ids are the
         *next* tokens t_{i+1}. Draft logits: model.logits(m). `before`: what remember is to be called with first."""
-        if before is not None and self.few and self.few.takes(len(hidden) + len(before[0]), cache):
+        if before is not None and self.few and self.few.takes(len(hidden) + len(before[0])):
             hidden, rows = torch.cat((hidden, before[0])), rows.followed_by(before[1])
         elif before is not None:
             self.remember(*before, cache)

@@ -14,7 +14,8 @@ from hetero_glm5 import _C
 from hetero_glm5.experts.cpu_tier import HostPool
 from hetero_glm5.model import host_step
 from hetero_glm5.model.few_rows import FewRows
-from hetero_glm5.model.host_step import most_few_rows
+from hetero_glm5.model.host_step import most_few_rows, stored
+from hetero_glm5.model.key_store import KeyStore, key_format
 from hetero_glm5.model.state import Cache
 from hetero_glm5.model_config import ModelConfig
 
@@ -154,7 +155,55 @@ def test_what_it_takes(checkpoints):
     ids = torch.zeros(most + 1, dtype=torch.int64)
     steps = [few.few.step(rows_of(ids, (0, count, 0)), poisoned(few.config)) for count in (most, most + 1)]
     assert [step.few for step in steps] == [True, False]
-    assert few.few.step(rows_of(IDS, (0, 1, 0)), poisoned(few.config, dtype="fp8_e4m3")) is None
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_fp8_keys_are_those_of_the_key_store(checkpoints, variant, isa):
+    """The first layer's are made of the same values whatever the cache's type."""
+    few, _, experts = load_model(tiny_checkpoint(checkpoints, **VARIANTS[variant]), HostPool(2, isa))
+    caches = [poisoned(few.config, dtype=dtype) for dtype in ("float32", "fp8_e4m3")]
+    for cache, (a, b) in itertools.product(caches, itertools.pairwise(CUTS)):
+        few.forward(rows_of(IDS, (a, b, 0)), cache, experts)
+    plain, fp8 = ([cache.latent[0], cache.index[0]] for cache in caches)
+    for have, like in zip(fp8, plain, strict=True):
+        assert torch.equal(have.rows, have.format.encode(like.rows))
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize(("coded", "kept"), [(512, 64), (90, 22), (140, 3)])
+def test_what_is_seen_of_fp8_keys_is_what_they_decode_to(coded, kept, isa):
+    """Long and short contexts, neighbours in one and alone, more keys than are decoded at once; slots beside those that
+    are read are NaN."""
+    generator, heads, topk, pool = torch.Generator().manual_seed(1), 3, 300, HostPool(3, isa)
+    format = key_format("fp8_e4m3", coded, kept)
+    values = torch.randn(900, coded + kept, generator=generator) * torch.rand(900, 1, generator=generator)
+    values[5] = 0.0
+    stores = [KeyStore(format, 900, "cpu"), KeyStore(key_format("float32", coded, kept), 900, "cpu")]
+    for store in stores:
+        store.rows.view(torch.uint8).fill_(255)
+    places = torch.randperm(900, generator=generator)
+    stores[0].write(places[:700], values[:700])
+    stores[1].write(places[:700], stores[0].read(places[:700]))
+    spans = [(0, 9, 0, 30), (9, 10, 30, 20), (10, 50, 50, 600), (50, 51, 650, 41), (51, 52, 60, 590)]
+    runs = [(b - a, places[first : first + length].numpy()) for a, b, first, length in spans]  # a:b are the rows
+    positions = np.concatenate([np.arange(length - (b - a), length) for a, b, _, length in spans])
+    slots, rows = places[: len(positions)].numpy(), len(positions)
+    space = _C.DenseWorkspace(pool.handle)
+    q = torch.randn(rows, heads, coded + kept, generator=generator).numpy()
+    of_index, weights = q[..., :coded].copy(), np.random.default_rng(1).normal(size=(rows, heads)).astype(np.float32)
+    index = [KeyStore(key_format(dtype, coded, 0), 900, "cpu") for dtype in ("fp8_e4m3", "float32")]
+    index[0].write(places[:700], values[:700, :coded])
+    index[1].write(places[:700], index[0].read(places[:700]))
+    results = []
+    for keys, index_keys in zip(stores, index, strict=True):
+        step = _C.DenseStep(positions, slots, runs, 2, 1e4, topk)
+        step.select(space, of_index, weights, stored(index_keys))
+        out = np.full((rows, heads, coded), np.nan, np.float32)
+        step.attend(space, q, stored(keys), 0.1, out)
+        results.append(out)
+    assert np.isfinite(results[0]).all() and np.array_equal(*results)
 
 
 @pytest.mark.parametrize("isa", _C.isas())
