@@ -1,9 +1,12 @@
 #include "dense/attend.h"
 
+#include <array>
 #include <cmath>
 #include <functional>
 #include <limits>
 #include <vector>
+
+#include "base/bits.h"
 
 namespace hetero {
 namespace {
@@ -13,12 +16,24 @@ constexpr int64_t kRanked = 64;   // rows whose scores are held at once
 constexpr int64_t kTogether = 4;  // rows of a sequence that a task scores
 constexpr int64_t kDecoded = 8192, kDecodedByTask = 64;  // keys, of rows that attend together
 
-// The `wanted` positions of the highest scores, of equal ones the first, as slots; `rank` is room for `count` floats.
+// A score's place among kBuckets, the higher the higher: its sign, exponent and first three digits.
+constexpr int64_t kBuckets = 1 << 12;
+int64_t bucket_of(float score) {
+  const uint32_t bits = as_bits(score + 0.f);  // -0 is 0
+  return (bits >> 31 ? ~bits : bits | 1u << 31) >> 20;
+}
+
+// The `wanted` positions of the highest scores, of equal ones the first, as slots; `rank` is room for `count` floats. Only
+// the bucket with the least of them is ranked.
 void best_slots(const float* scores, int64_t count, int64_t wanted, const int64_t* context, float* rank, int64_t* out) {
-  std::copy_n(scores, count, rank);
-  std::nth_element(rank, rank + wanted - 1, rank + count, std::greater<>());
-  const float least = rank[wanted - 1];
-  int64_t ties = wanted - std::count_if(scores, scores + count, [&](float score) { return score > least; });
+  std::array<int32_t, kBuckets> sizes{};
+  for (int64_t i = 0; i < count; i++) sizes[bucket_of(scores[i])]++;
+  int64_t bucket = kBuckets - 1, ties = wanted;
+  for (; sizes[bucket] < ties; bucket--) ties -= sizes[bucket];
+  float* end = std::copy_if(scores, scores + count, rank, [&](float score) { return bucket_of(score) == bucket; });
+  std::nth_element(rank, rank + ties - 1, end, std::greater<>());
+  const float least = rank[ties - 1];
+  ties -= std::count_if(rank, end, [&](float score) { return score > least; });
   for (int64_t i = 0; i < count; i++)
     if (scores[i] > least || (scores[i] == least && ties-- > 0)) *out++ = context[i];
 }

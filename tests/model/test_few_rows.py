@@ -157,6 +157,31 @@ def test_what_it_takes(checkpoints):
     assert [step.few for step in steps] == [True, False]
 
 
+@pytest.mark.parametrize("kind", ["few values", "any values", "not finite", "one value", "zeros of both signs"])
+def test_the_highest_scores_are_chosen_and_of_equal_ones_the_first(kind):
+    """Scores of one head whose query is a row of ones are sums over the key, times the head's weight."""
+    generator, length, topk = np.random.default_rng(4), 700, 256
+    values = {
+        "few values": generator.integers(0, 5, length).astype(np.float32),
+        "any values": generator.lognormal(sigma=20, size=length).astype(np.float32),
+        "not finite": generator.choice(np.array([np.nan, np.inf, 1, 2], np.float32), length),
+        "one value": np.full(length, 3.0, np.float32),
+        "zeros of both signs": generator.choice(np.array([0.0, -0.0, -1.0, 1e-40], np.float32), length),
+    }[kind]
+    keys, space = np.zeros((length, 4), np.float32), _C.DenseWorkspace(HostPool(2).handle)
+    keys[:, 1] = values
+    identity, positions = np.eye(length, dtype=np.float32), np.array([topk + 3, length - 1])
+    for weight in (1.5, -1.5):
+        step = _C.DenseStep(positions, positions, [(2, np.arange(length))], 2, 1e4, topk)
+        step.select(space, np.ones((2, 1, 4), np.float32), np.full((2, 1), weight, np.float32), keys)
+        mixed = np.zeros((2, 1, length), np.float32)
+        step.attend(space, np.zeros((2, 1, length), np.float32), identity, 1.0, mixed)
+        scores = weight * np.where(values > 0, values, 0)
+        for row, position in enumerate(positions):
+            best = np.argsort(-scores[: position + 1], kind="stable")[:topk]
+            assert np.flatnonzero(mixed[row, 0]).tolist() == sorted(best)
+
+
 @pytest.mark.parametrize("isa", _C.isas())
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
