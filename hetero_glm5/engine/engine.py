@@ -149,7 +149,7 @@ class Engine:
         return self.scheduler.fail(self.batch, message)
 
     def compile(self, grammar: Grammar) -> None:
-        """What may take long of `add`, a second at worst. For any thread, unlike all else. Raises RequestError."""
+        """What may take long of `add`, seconds at worst. For any thread, unlike all else. Raises RequestError."""
         self.sampler.compile(grammar)
 
     def add(
@@ -254,6 +254,7 @@ class Engine:
                 self._keep_pages()
                 self.store.close()
         finally:
+            self.sampler.close()
             self.tiers.close()
             self.pool.close()
 

@@ -7,29 +7,23 @@ its file says: a grammar can name it, and no text inside a string turns into it.
 
 from __future__ import annotations
 
-import math
-import re
+import time
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from hetero_glm5.core import Grammar, RequestError, Sequence
+from hetero_glm5.engine.grammar_trial import Trial, compile_grammar
 
 COMPILED = 16  # grammars kept: an agent sends the same few with every request
 MESSAGE = 400  # characters of the compiler's message
-# A lexer state takes 1 to 2 kB. Alternatives and ambiguous rules make items (a tool that may be called: two); a step of
-# many thousands would hold up all neighbours.
-LIMITS = LLParserLimits(max_lexer_states=50_000, max_items_in_row=2_000, step_max_items=10_000, verbose_errors=False)
 GAVE_UP = "the grammar's parser gave up: "
 LEXER_GAVE_UP = GAVE_UP + "lexer error"
-# For multipleOf the compiler follows each remainder, of the least common multiple where several meet, and no limit of
-# its own stops it: 3,000,017 takes 25 s and 1.5 GB. Powers of ten cost nothing.
-MOST_REMAINDERS = 100_000
-# A model that pads its JSON could go on for ever between two words.
-BLANKS = r"[\x20\x0A\x0D\x09]{1,64}"
+QUICK = 0.1  # seconds that the engine's thread may spend on a grammar compiled anew
 
 
 class Vocabulary(Protocol):
@@ -38,55 +32,51 @@ class Vocabulary(Protocol):
         ...
 
 
+@dataclass
+class Compiled:
+    """`first`: what the matchers are copies of; None once their automaton is full. `seconds`: what it took to make."""
+
+    first: LLMatcher | None
+    seconds: float
+
+
 class Grammars:
     """Compiles for one tokenizer. Any of the tokens `eos`, one at least, ends an answer that may end."""
 
     def __init__(self, vocabulary: Vocabulary, eos: tuple[int, ...]):
-        self._tokenizer = LLTokenizer(vocabulary.to_str(), eos_token=list(eos))
-        self._compiled = lru_cache(COMPILED)(lambda grammar: [self._compile(grammar)])
+        text = vocabulary.to_str()
+        self._tokenizer = LLTokenizer(text, eos_token=list(eos))
+        self._trial = Trial(text, list(eos))
+        self._compiled = lru_cache(COMPILED)(self._compile)
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
         """A matcher at the beginning of `grammar`. Raises RequestError with the compiler's message. May be called from
         any thread; compiling lets the others run."""
-        return self._compiled(grammar)[0].deep_copy()
+        compiled = self._compiled(grammar)
+        first = compiled.first = compiled.first or self._made(grammar)
+        return first.deep_copy()
 
-    def renew(self, grammar: Grammar) -> None:
-        """Compiles it once more: its next matchers share an automaton that has learnt nothing."""
-        self._compiled(grammar)[0] = self._compile(grammar)
+    def renew(self, grammar: Grammar) -> bool:
+        """Lets its next matchers share an automaton that has learnt nothing. Whether that will be made quickly."""
+        compiled = self._compiled(grammar)
+        compiled.first = None
+        return compiled.seconds <= QUICK
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
-        _check_multiples(grammar)
+    def close(self) -> None:
+        """Ends the process in which grammars are tried."""
+        self._trial.close()
+
+    def _compile(self, grammar: Grammar) -> Compiled:
+        if refused := self._trial.refusal(grammar.kind, grammar.text):
+            raise _refusal(grammar, refused)
+        before = time.perf_counter()
+        return Compiled(self._made(grammar), time.perf_counter() - before)
+
+    def _made(self, grammar: Grammar) -> LLMatcher:
         try:
-            matcher = LLMatcher(self._tokenizer, _rules(grammar), log_level=0, limits=LIMITS)
+            return compile_grammar(self._tokenizer, grammar.kind, grammar.text)
         except ValueError as error:
             raise _refusal(grammar, str(error)) from error
-        matcher.compute_bitmask()  # the lexer is made when it is first needed; here is where it may fail or take long
-        if matcher.is_error():
-            raise _refusal(grammar, matcher.get_error())
-        return matcher
-
-
-def _check_multiples(grammar: Grammar) -> None:
-    """Wherever the text has a schema with multipleOf, however that is spelt."""
-    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda escaped: chr(int(escaped[1], 16)), grammar.text)
-    remainders = 1
-    for number in re.findall(r'"multipleOf"\s*:\s*([0-9.]+)', text):
-        digits = number.replace(".", "").strip("0")[:12] or "1"
-        remainders = math.lcm(remainders, int(digits))
-        if remainders > MOST_REMAINDERS:
-            raise RequestError(
-                f"{grammar.param} has a multipleOf of {number[:40]}; without the zeros at its end, and as the least "
-                f"common multiple of all that it has, at most {MOST_REMAINDERS} can be kept to. Leave multipleOf out.",
-                grammar.param,
-            )
-
-
-def _rules(grammar: Grammar) -> str:
-    if grammar.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": BLANKS})
-    if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(grammar.text)
-    return LLMatcher.grammar_from_lark(grammar.text)
 
 
 def _refusal(grammar: Grammar, message: str) -> RequestError:
@@ -115,8 +105,8 @@ class Constraint:
         allows the drafts; what follows a forbidden draft is of no interest. Where the grammar has ended, it is an end
         token. With them a message, empty unless the parser met a limit of its own and the masks end before that."""
         masks, error = self._masks(seq, drafts)
-        if error.startswith(LEXER_GAVE_UP):  # other sequences may have filled the automaton; one that is new tells
-            self._grammars.renew(self._grammar)
+        # Other sequences may have filled the automaton; one that is new tells.
+        if error.startswith(LEXER_GAVE_UP) and self._grammars.renew(self._grammar):
             self._begin()
             masks, error = self._masks(seq, drafts)
         return masks, error

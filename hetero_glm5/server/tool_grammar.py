@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from hetero_glm5.core import Grammar, RequestError
-from hetero_glm5.engine.grammar import BLANKS
+from hetero_glm5.engine.grammar_trial import BLANKS
 from hetero_glm5.server.tool_types import allowed_types
 
 ANY_JSON: dict[str, Any] = {"type": "object"}

@@ -177,6 +177,7 @@ class EngineWorker:
     def close(self, generation: Generation) -> None:
         """Nobody listens any more: what is unfinished is aborted."""
         self._generations.discard(generation)
+        generation.compiled.cancel()
         if generation.unfinished:
             self._order(self._abort, generation)
 

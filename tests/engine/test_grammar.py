@@ -166,10 +166,6 @@ def test_after_the_end_only_an_end_token_follows(sampler, eos):
         (("json_schema", '{"type": "object", "propertyNames": {}}'), "response_format", "propertyNames"),
         (("json_schema", '{"$ref": "http://example.com/x"}'), "response_format", "not present"),
         (("json_schema", "\ud800"), "response_format", "not JSON"),
-        (("json_schema", '{"multipleOf": 2147483648}'), "response_format", "multipleOf of 2147483648; .* most 100000"),
-        (("json_schema", '{"multiple\\u004ff" :\n0.1000010}'), "response_format", "multipleOf of 0.1000010;"),
-        (("json_schema", '{"multipleOf": ' + "7" * 9000 + "}"), "response_format", "multipleOf of 7{40};"),
-        (("lark", 'start: %json {"not": {"multipleOf": 991}, "multipleOf": 0.989}'), "grammar", "multipleOf of 0.989"),
         (("regex", "a("), "grammar", "unclosed group"),
         (("lark", "start: other"), "grammar", "unknown name"),
         (("lark", "start: <nobody>"), "grammar", "unknown special token"),
@@ -235,7 +231,9 @@ def test_a_matcher_that_cannot_go_on_fails_its_request_alone(sampler):
 
 
 def test_a_lexer_that_others_filled_is_made_anew(tokenizer, eos, monkeypatch):
-    monkeypatch.setattr("hetero_glm5.engine.grammar.LIMITS", LLParserLimits(max_lexer_states=400, verbose_errors=False))
+    monkeypatch.setattr(
+        "hetero_glm5.engine.grammar_trial.LIMITS", LLParserLimits(max_lexer_states=400, verbose_errors=False)
+    )
     grammars, grammar = Grammars(tokenizer, eos), Grammar("regex", "([a-z]{1,50}[0-9]){1,200}")
     made = []
     renew = grammars.renew

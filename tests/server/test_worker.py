@@ -301,6 +301,25 @@ def test_grammars_are_compiled_while_others_are_served(fake_engine):
     asyncio.run(main())
 
 
+def test_what_is_closed_is_not_compiled(fake_engine):
+    async def main():
+        engine, hold, compiled = fake_engine(), threading.Event(), []
+        engine.before_compiling = lambda grammar: (compiled.append(grammar.text), hold.wait(10))
+        worker = await started(engine)
+        submitted = [
+            await worker.submit([[1]], SamplingParams(grammar=Grammar("regex", text)), patience=0.01) for text in "abcd"
+        ]
+        for generation in submitted:
+            worker.close(generation)
+        hold.set()
+        assert await text_of(worker, [1], SamplingParams(max_tokens=5, grammar=Grammar("regex", "e")))
+        assert compiled == ["a", "e"] and len(engine.params) <= 2
+        await worker.stop()
+        assert not engine.running
+
+    asyncio.run(main())
+
+
 def test_a_grammar_that_cannot_be_compiled_is_its_requests_alone(fake_engine):
     def fail(grammar):
         raise RequestError("no grammar", "grammar") if grammar.text == "a" else MemoryError("x")
