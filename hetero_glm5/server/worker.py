@@ -164,6 +164,12 @@ class EngineWorker:
         self._check_ready()
         generation = Generation(prompts, params, salt, names)
         if params.grammar is not None:
+            waiting = sum(not other.compiled.done() for other in self._generations)
+            if waiting >= self.max_queued:
+                raise QueueFull(
+                    f"the grammars of {waiting} requests are to be compiled, the limit of --max-queued-requests. "
+                    "Try again later."
+                )
             generation.compiled = self._compiler.submit(self._engine.compile, params.grammar)
         self._generations.add(generation)
         self._order(self._add, generation)

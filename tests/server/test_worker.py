@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -316,6 +317,26 @@ def test_what_is_closed_is_not_compiled(fake_engine):
         assert compiled == ["a", "e"] and len(engine.params) <= 2
         await worker.stop()
         assert not engine.running
+
+    asyncio.run(main())
+
+
+def test_grammars_to_be_compiled_are_limited(fake_engine):
+    async def main():
+        engine, hold = fake_engine(), threading.Event()
+        engine.config = SimpleNamespace(max_queued_requests=2)
+        engine.before_compiling = lambda grammar: hold.wait(10)
+        worker = await started(engine)
+        params = SamplingParams(max_tokens=5, grammar=Grammar("regex", "a"))
+        both = [await worker.submit([[1]], params, patience=0.01) for _ in range(2)]
+        with pytest.raises(QueueFull, match="the grammars of 2 requests are to be compiled"):
+            await worker.submit([[1]], params)
+        assert await text_of(worker, [1]), "without a grammar"
+        hold.set()
+        for generation in both:
+            assert len([item async for item in generation.events() if item]) == 5
+        assert await text_of(worker, [1], params) and worker.num_open == 2
+        await worker.stop()
 
     asyncio.run(main())
 
