@@ -1,8 +1,8 @@
 """Grammars: which tokens an answer may go on with, by llguidance (an Earley parser over a trie of the vocabulary).
 
-A grammar is compiled once and its matcher copied for each sequence. A copy costs microseconds and shares the lexer's
-automaton, which learns states as it meets them, up to a limit. An added token like <think> counts as special whatever
-its file says: a grammar can name it, and no text inside a string turns into it.
+A grammar is tried (grammar_trial.py), then compiled once and its matcher copied for each sequence. A copy costs
+microseconds and shares the lexer's automaton, which learns states as it meets them, up to a limit. An added token like
+<think> counts as special whatever its file says: a grammar can name it, and no text inside a string turns into it.
 """
 
 from __future__ import annotations
