@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hetero_glm5.core import Grammar, RequestError
-from hetero_glm5.server.fields import shown
+from hetero_glm5.server.fields import MOST_LEVELS, shown, too_deep
 from hetero_glm5.server.tool_grammar import ANY_JSON, json_rule, matching, one_of
 
 FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar", "guided_choice")
@@ -106,6 +106,9 @@ def _checked(kind: str, value: Any, source: str) -> Constraint:
 
 def _loaded(text: str, source: str) -> Any:
     try:
-        return json.loads(text)
+        schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{source} is no valid JSON: {error}.", source) from error
+    if isinstance(schema, dict) and too_deep(schema):
+        raise RequestError(f"{source} is a schema of more than {MOST_LEVELS} levels; send one less deep.", source)
+    return schema

@@ -7,6 +7,17 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
+MOST_LEVELS = 200  # of lists and objects in each other; what answers quote of them must stay below orjson's 254
+
+
+def too_deep(value: Any) -> bool:
+    """Whether a value of JSON has more than MOST_LEVELS."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        held = (v.values() if type(v) is dict else v for v in level)
+        level = [inner for values in held for inner in values if type(inner) in (dict, list)]
+    return bool(level)
+
 
 def strings(value: Any) -> list[str]:
     values = [] if value is None else [value] if isinstance(value, str) else value
@@ -61,6 +72,8 @@ def tool_calls(value: Any) -> list[dict[str, Any]] | None:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError('must be a list of {"function": {"name": …, "arguments": …}}')
+        if not isinstance(call.get("id"), str | None):
+            raise ValueError(f"has a call whose id is {shown(call['id'])}; it must be a string")
     return value
 
 

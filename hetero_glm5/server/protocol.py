@@ -243,6 +243,11 @@ def parse_request(kind: type[M], body: bytes) -> M:
         raise RequestError(f"The body is no valid JSON: {error}.") from error
     if not isinstance(data, dict):
         raise RequestError("The body must be a JSON object.")
+    if body.count(b"[") + body.count(b"{") > fields.MOST_LEVELS and fields.too_deep(data):
+        raise RequestError(
+            f"The body nests lists and objects more than {fields.MOST_LEVELS} levels deep, the most that can be used. "
+            "Send a flatter one."
+        )
     if issubclass(kind, RequestBody):
         data = {name: value for name, value in data.items() if name not in kind.ignored}
         for name, neutral in kind.unsupported.items():

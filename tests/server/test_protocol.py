@@ -151,8 +151,14 @@ def test_fields_that_change_nothing_are_accepted():
             ({"messages": [{"role": "assistant", "tool_calls": calls}]}, "messages", r"\[0\].tool_calls must be a list")
             for calls in ([{}], 5, True, 1.5, "x", {"a": 1})
         ),
-        ({"tool_choice": deep(400)}, "tool_choice", "tool_choice is list; it must be auto, none"),
-        ({"messages": [{"role": "user", "content": [deep(400)]}]}, "messages", "a part of type NoneType"),
+        ({"tool_choice": deep(150)}, "tool_choice", "tool_choice is list; it must be auto, none"),
+        ({"messages": [{"role": "user", "content": [deep(150)]}]}, "messages", "a part of type NoneType"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": [1], "function": {"name": "f"}}]}]},
+            "messages",
+            r"messages\[0\].tool_calls has a call whose id is list; it must be a string",
+        ),
+        ({"guided_json": json.dumps({"enum": deep(250)})}, "guided_json", "a schema of more than 200 levels"),
         ({"stop": ["a"] * 2_000_000}, "stop", "stop has 2000000 strings; at most 64"),
     ],
 )
@@ -177,6 +183,13 @@ def test_bodies_that_are_no_json_object(body, sentence):
         parse_request(ChatRequest, body)
 
 
+def test_bodies_are_not_too_deep():
+    chat(metadata={"a": deep(197)}, user="[" * 500)
+    for levels in (198, 400, 900):
+        with pytest.raises(RequestError, match="more than 200 levels"):
+            chat(metadata={"a": deep(levels)})
+
+
 def test_tools_stay_as_they_came_and_other_types_are_skipped():
     function = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"b": 1, "a": 2}}}
     asked = chat(tools=[{"type": "web_search"}, function])
@@ -188,7 +201,7 @@ def test_tools_stay_as_they_came_and_other_types_are_skipped():
 def test_messages_keep_only_what_templates_know():
     message = {"role": "assistant", "content": None, "refusal": None, "reasoning_content": "r", "audio": {}}
     assert chat(messages=[message]).plain_messages == [{"role": "assistant", "reasoning_content": "r"}]
-    call = {"function": {"name": "f", "arguments": {"a": deep(400), "b": None}}}
+    call = {"function": {"name": "f", "arguments": {"a": deep(150), "b": None}}}
     assert chat(messages=[{"role": "assistant", "tool_calls": [call]}]).plain_messages[0]["tool_calls"] == [call]
 
 
