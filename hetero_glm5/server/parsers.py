@@ -20,9 +20,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
-from hetero_glm5.server.tool_types import allowed_types, to_json
+from hetero_glm5.server.tool_types import Known, allowed_types, to_json
 
 _STRING = frozenset({"string"})
 _TAGS = {  # state: the tags that mean something in it; everything else is text
@@ -51,6 +52,8 @@ class OutputParser:
 
     def __init__(self, *, thinking: bool, reasoning: bool, tools: list[dict[str, Any]] | None, parallel: bool = True):
         self._parameters = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools or ()}
+        self._allowed: dict[tuple[str, str], frozenset[str]] = {}  # types, by tool and key
+        self._references: dict[str, Known] = {}
         self._reasoning, self._tools, self._parallel = reasoning and thinking, tools is not None, parallel
         self._state = "reasoning" if self._reasoning else "content"
         self._at_start = self._reasoning  # a leading <think> is still possible
@@ -75,13 +78,15 @@ class OutputParser:
                 return []
             self._buffer = self._buffer.removeprefix("<think>")
             self._at_start = False
-        while (tag := re.search(self._pattern, self._buffer)) is not None:
-            before, self._buffer = self._buffer[: tag.start()], self._buffer[tag.end() :]
-            self._on_text(before)
+        done = 0
+        while (tag := self._pattern.search(self._buffer, done)) is not None:
+            self._on_text(self._buffer[done : tag.start()])
+            done = tag.end()
             self._on_tag(tag.group())
-        held = _partial_tag(self._buffer, self._tags)
-        told, self._buffer = self._buffer[: len(self._buffer) - held], self._buffer[len(self._buffer) - held :]
-        self._on_text(told)
+        rest = self._buffer[done:]
+        told = len(rest) - _partial_tag(rest, self._tags)
+        self._buffer = rest[told:]
+        self._on_text(rest[:told])
         return self._take()
 
     def finish(self) -> list[Delta]:
@@ -101,8 +106,8 @@ class OutputParser:
         return _TAGS[self._state]
 
     @property
-    def _pattern(self) -> str:
-        return "|".join(self._tags) or r"(?!)"  # the latter matches nothing
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(self._tags) or r"(?!)")  # the latter matches nothing
 
     def _take(self) -> list[Delta]:
         deltas, self._deltas = self._deltas, []
@@ -199,13 +204,21 @@ class OutputParser:
         if not self._known:
             return
         key = self._key.strip()
-        root = self._parameters[self._name]
-        properties = root.get("properties") if isinstance(root, dict) else None
-        self._types = allowed_types(properties.get(key) if isinstance(properties, dict) else None, root)
+        self._types = self._types_of(key)
         quote = '"' if self._types == _STRING else ""
         lead = "{" if self._first else ", "
         self._tell("arguments", f"{lead}{json.dumps(key, ensure_ascii=False)}: {quote}")
         self._first = False
+
+    def _types_of(self, key: str) -> frozenset[str]:
+        """What the schema of the call in progress allows as an argument."""
+        at = (self._name, key)
+        if at not in self._allowed:
+            root = self._parameters[self._name]
+            properties = root.get("properties") if isinstance(root, dict) else None
+            schema = properties.get(key) if isinstance(properties, dict) else None
+            self._allowed[at] = allowed_types(schema, root, self._references.setdefault(self._name, {}))
+        return self._allowed[at]
 
     def _close_value(self) -> None:
         self._state = "after"
@@ -228,13 +241,13 @@ class ParsedMessage:
     calls: list[list[str]] | None = None  # [name, arguments]
 
     def add(self, deltas: list[Delta]) -> None:
-        for delta in deltas:
-            if delta.kind == "reasoning":
-                self.reasoning += delta.text
-            elif delta.kind == "content":
-                self.content += delta.text
-            elif delta.kind == "name":
-                self.calls = [*(self.calls or []), [delta.text, ""]]
+        self.reasoning += "".join(delta.text for delta in deltas if delta.kind == "reasoning")
+        self.content += "".join(delta.text for delta in deltas if delta.kind == "content")
+        of_calls = (delta for delta in deltas if delta.kind in ("name", "arguments"))
+        for kind, run in groupby(of_calls, lambda delta: delta.kind):
+            if kind == "name":
+                self.calls = self.calls or []
+                self.calls += [[delta.text, ""] for delta in run]
             else:
                 assert self.calls is not None, "a name comes before its arguments"
-                self.calls[-1][1] += delta.text
+                self.calls[-1][1] += "".join(delta.text for delta in run)

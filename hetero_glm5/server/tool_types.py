@@ -13,30 +13,57 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _INTEGER = re.compile(r"[+-]?\d{1,4000}")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_MOST_REFERENCES = 100  # that are followed for one argument
 _EXACT = 2**53  # above it, not every integral float is the integer that was written
 
 
-def allowed_types(schema: Any, root: Any) -> frozenset[str]:
-    """JSON types that `schema` allows, through unions, enums and local references into `root`.
+Known = dict[str, tuple[set[str], list[str]]]  # by reference: the types it allows itself, the references it holds
+
+
+def allowed_types(schema: Any, root: Any, known: Known | None = None) -> frozenset[str]:
+    """JSON types that `schema` allows, through unions, enums and local references into `root`. `known`: what `root`'s
+    references say, filled here, for the next call.
 
     A schema that names no type, or an argument without a schema (None), is a string. Clients write schemas: what is
-    malformed in one says nothing, and one that refers to itself is looked at once.
+    malformed in one says nothing, a reference is followed once, and what refers to too many may be anything.
     """
+    known = {} if known is None else known
+    types, references = _union(schema)
+    todo, seen = references[:], 0
+    followed = set(todo)
+    while todo:
+        reference = todo.pop()
+        if reference not in known:
+            known[reference] = _union(_follow(root, reference))
+        more, further = known[reference]
+        types |= more
+        for one in further:
+            seen += 1
+            if seen > _MOST_REFERENCES:
+                return _ANY
+            if one not in followed:
+                followed.add(one)
+                todo.append(one)
+    return frozenset(types) or frozenset({"string"})
+
+
+def _union(schema: Any) -> tuple[set[str], list[str]]:
+    """The types that a schema and its unions name, and their references."""
     types: set[str] = set()
-    todo, seen = [schema], set()
+    references: dict[str, None] = {}
+    todo = [schema]
     while todo:
         part = todo.pop()
-        if not isinstance(part, dict) or id(part) in seen:
+        if not isinstance(part, dict):
             continue
-        seen.add(id(part))
         types.update(_own_types(part))
         reference = part.get("$ref")
         if isinstance(reference, str) and reference.startswith("#/"):
-            todo.append(_follow(root, reference))
+            references[reference] = None
         for union in ("anyOf", "oneOf", "allOf"):
             todo += _list(part.get(union))
-    return frozenset(types) or frozenset({"string"})
+    return types, list(references)
 
 
 def _own_types(schema: dict[str, Any]) -> Iterator[str]:
@@ -44,7 +71,7 @@ def _own_types(schema: dict[str, Any]) -> Iterator[str]:
     if kinds is None:
         values = [schema["const"]] if "const" in schema else _list(schema.get("enum"))
         yield from map(_type_of, values)
-    yield from (kind for kind in [kinds, *_list(kinds)] if isinstance(kind, str))
+    yield from (kind if kind in _ANY else "unknown" for kind in [kinds, *_list(kinds)] if isinstance(kind, str))
     if schema.get("nullable") is True:
         yield "null"
 
@@ -118,3 +145,4 @@ _PARSERS: dict[str, Callable[[str], str | None]] = {
     "object": _container(dict),
     "array": _container(list),
 }
+_ANY = frozenset({*_PARSERS, "string"})

@@ -204,6 +204,24 @@ def test_malformed_and_self_referencing_schemas_say_nothing():
     assert json.loads(call[1]) == {key: 7 if key == "c" else "7" for key in properties}
 
 
+def test_what_refers_to_too_much_may_be_anything():
+    chain = {f"x{i}": {"$ref": f"#/$defs/x{i + 1}"} for i in range(3000)} | {"x3000": {"type": "integer"}}
+    properties = {f"p{i}": {"$ref": f"#/$defs/x{i}"} for i in range(3001)}
+    pairs = "".join(f"<arg_key>{key}</arg_key><arg_value>7</arg_value>" for key in properties)
+    pairs += "<arg_key>p0</arg_key><arg_value>some</arg_value>"
+    (call,) = parse([f"<tool_call>f{pairs}</tool_call>"], False, tools=[tool("f", properties, **{"$defs": chain})]).calls
+    assert json.loads(call[1]) == dict.fromkeys(properties, 7) | {"p0": "some"}
+
+
+def test_long_texts_are_parsed_in_one_pass():
+    """What costs more with each tag, or each digit, would take minutes here."""
+    count, almost = 50_000, "1" * 300_000 + "x"
+    pair = "<arg_key>limit</arg_key><arg_value>{}</arg_value>".format
+    message = parse([f"a<tool_call>search{pair(5)}</tool_call>" * count, f"<tool_call>search{pair(almost)}"], False)
+    assert message.content == "a" * count and message.calls[:-1] == [["search", '{"limit": 5}']] * count
+    assert message.calls[-1][1] == f'{{"limit": "{almost}"'
+
+
 def test_last_of_a_repeated_key_wins():
     pair = "<arg_key>limit</arg_key><arg_value>{}</arg_value>".format
     (call,) = parse([f"<tool_call>search{pair(1)}{pair(2)}</tool_call>"], False).calls

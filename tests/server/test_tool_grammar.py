@@ -95,6 +95,24 @@ def test_one_call_only_and_only_the_named(tokenizer):
         named(TOOLS, "fnd")
 
 
+def test_only_what_refers_to_a_schemas_parts_holds_them():
+    point = {"point": {"type": "object"}}
+    properties = {"a": {"type": "integer"}, "b": {"type": "array", "items": {"$ref": "#/$defs/point"}}}
+    tool = {"function": {"name": "f", "parameters": {"properties": properties, "$defs": point}}}
+    a, b = tool_calls([tool], thinking=False).text.splitlines()[-2:]
+    assert "$defs" not in a and json.dumps(point) in b
+
+
+def test_grammars_that_grow_too_long_are_given_up_at_once():
+    """The whole one would have gigabytes."""
+    parts = {f"d{i}": {"type": "integer", "description": "x" * 100} for i in range(2000)}
+    properties = {f"p{i}": {"type": "integer", "allOf": [{"$ref": "#/$defs/d0"}]} for i in range(20_000)}
+    tool = {"function": {"name": "f", "parameters": {"properties": properties, "$defs": parts}}}
+    with pytest.raises(RequestError, match="grammar for tools has more than 500000 characters") as caught:
+        tool_calls([tool], thinking=False)
+    assert caught.value.param == "tools"
+
+
 @pytest.mark.parametrize("thinking", [False, True])
 def test_json_comes_after_the_reasoning(tokenizer, thinking):
     for seed in range(10):
