@@ -11,7 +11,6 @@ from fastapi import APIRouter, Request, Response
 from hetero_glm5.core import SamplingParams
 from hetero_glm5.server.anthropic_protocol import CountRequest, MessagesRequest
 from hetero_glm5.server.errors import ANTHROPIC, anthropic_error
-from hetero_glm5.server.protocol import parse_request
 from hetero_glm5.server.responses import json_response
 from hetero_glm5.server.service import Service
 from hetero_glm5.server.turn import Part, Turn, TurnTeller, answer, make_turn, named_event
@@ -23,15 +22,15 @@ _REASONS = {"length": "max_tokens"}  # every other end is an end_turn
 
 def messages_router(service: Service) -> APIRouter:
     async def messages(request: Request) -> Response:
-        asked = parse_request(MessagesRequest, await service.body(request))
+        asked = await service.asked(MessagesRequest, request)
         service.check_model(asked.model)
-        turn = await make_turn(service, asked.asked(asked.sampling(service.defaults)), CALL)
+        turn = await make_turn(service, lambda: asked.asked(asked.sampling(service.defaults)), CALL)
         return await answer(service, request, MessageTeller(turn, service.model), streams=asked.stream)
 
     async def count_tokens(request: Request) -> Response:
-        asked = parse_request(CountRequest, await service.body(request))
+        asked = await service.asked(CountRequest, request)
         service.check_model(asked.model)
-        turn = await make_turn(service, asked.asked(SamplingParams()), CALL)
+        turn = await make_turn(service, lambda: asked.asked(SamplingParams()), CALL)
         return json_response({"input_tokens": len(turn.prompt)})
 
     router = APIRouter()

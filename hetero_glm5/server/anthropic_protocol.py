@@ -7,13 +7,14 @@ edits a conversation to save room is ignored: every prefix is cached here.
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from hetero_glm5.core import MOST_STOP_CHARACTERS, MOST_STOPS, RequestError, SamplingParams
 from hetero_glm5.server.fields import LEFT_OUT, OBJECT, TEXT, TEXT_PART, form, listed, readable, shown
-from hetero_glm5.server.protocol import SparseBody
+from hetero_glm5.server.protocol import SparseBody, StrictFields
 from hetero_glm5.server.tokenizer import SamplingDefaults
 from hetero_glm5.server.turn import Asked
 
@@ -96,8 +97,7 @@ class Message(BaseModel):
 StopSequence = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 
 
-class ToolChoice(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class ToolChoice(StrictFields):
     type: Literal["auto", "any", "tool", "none"] = "auto"
     name: str = ""
     disable_parallel_tool_use: bool = False
@@ -189,13 +189,13 @@ def _plain(role: str, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if role == "assistant":
         return [_assistant(blocks)]
     messages: list[dict[str, Any]] = []
-    for block in blocks:
-        if block["type"] == "tool_result":
-            messages.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": _result(block)})
-        elif messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += block["text"]
+    for kind, run in groupby(blocks, lambda block: block["type"]):
+        if kind == "text":
+            messages.append({"role": role, "content": "".join(block["text"] for block in run)})
         else:
-            messages.append({"role": role, "content": block["text"]})
+            messages += [
+                {"role": "tool", "tool_call_id": block["tool_use_id"], "content": _result(block)} for block in run
+            ]
     return messages
 
 

@@ -3,10 +3,13 @@ params.n."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
-from hetero_glm5.core import SamplingParams, TokenEvent
+import orjson
+
+from hetero_glm5.core import Drawn, SamplingParams, TokenEvent
 from hetero_glm5.server.logprobs import Alignment, Scored, chat_logprobs, of_prompt, text_logprobs
 from hetero_glm5.server.parsers import Delta, OutputParser, ParsedMessage
 from hetero_glm5.server.protocol import CompletionRequest
@@ -33,9 +36,7 @@ class _Scores:
         self._untold: list[Scored] = []
 
     def tell(self, told: TokenEvent) -> None:
-        self.add(self._alignment.tell(told))
-
-    def add(self, scored: list[Scored]) -> None:
+        scored = self._alignment.tell(told)
         self.all += scored
         self._untold += scored
 
@@ -44,33 +45,70 @@ class _Scores:
         return untold
 
 
+class _Echo:
+    """What stands before the answers to a prompt, spelt once for all of them, and not before the engine has accepted
+    the prompt."""
+
+    def __init__(self, prompt: list[int], tokenizer: Tokenizer, *, shown: bool):
+        self._prompt, self._tokenizer, self._shown = prompt, tokenizer, shown
+        self._logprobs: dict[str, list[Any]] | None = None
+
+    @cached_property
+    def text(self) -> str:
+        return self._tokenizer.decode(self._prompt) if self._shown else ""
+
+    def logprobs(self, drawn: list[Drawn] | None) -> dict[str, list[Any]]:
+        """In the shape of /v1/completions. drawn: of all its tokens but the first."""
+        if drawn is None:
+            return text_logprobs([], self._tokenizer)
+        if self._logprobs is None:
+            told = text_logprobs(of_prompt(self._prompt, drawn, self._tokenizer), self._tokenizer)
+            tops = [orjson.Fragment(orjson.dumps(top)) for top in told["top_logprobs"]]
+            self._logprobs = told | {"top_logprobs": tops}
+        return self._logprobs
+
+
 class _Text:
     """One choice of a text completion; `echo` stands before its text."""
 
-    def __init__(self, tokenizer: Tokenizer, echo: str, *, scored: bool):
-        self._tokenizer, self._echo, self._text = tokenizer, echo, ""
-        self._scores = _Scores(tokenizer, len(echo)) if scored else None
+    def __init__(self, tokenizer: Tokenizer, echo: _Echo, *, scored: bool):
+        self._tokenizer, self._echo, self._scored = tokenizer, echo, scored
+        self._text = ""
         self._reason: str | None = None
-        self._begun = False
+        self._scores: _Scores | None = None
+        self._before: dict[str, list[Any]] = {}  # the echo's log-probabilities
+        self._begun = self._streamed = False
 
-    def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
+    def tell(self, index: int, told: TokenEvent) -> Iterator[dict[str, Any]]:
         text, self._reason = told.text, told.finish_reason
         if not self._begun:
-            self._begun, text = True, self._echo + text
-            if self._scores is not None and told.seq.prompt_logprobs is not None:
-                prompt = told.seq.tokens[: told.seq.num_prompt]
-                self._scores.add(of_prompt(prompt, told.seq.prompt_logprobs, self._tokenizer))
+            self._begun, text = True, self._echo.text + text
+            if self._scored:
+                self._scores = _Scores(self._tokenizer, len(self._echo.text))
+                self._before = self._echo.logprobs(told.seq.prompt_logprobs)
         if self._scores is not None:
             self._scores.tell(told)
         self._text += text
+        return self._chunks(index, text)
+
+    def _chunks(self, index: int, text: str) -> Iterator[dict[str, Any]]:
         if not text and self._reason is None:
-            return []
-        scored = None if self._scores is None else text_logprobs(self._scores.take(), self._tokenizer)
-        return [text_choice(index, text, self._reason, scored)]
+            return
+        scored = None
+        if self._scores is not None:
+            scored = text_logprobs(self._scores.take(), self._tokenizer)
+            scored = scored if self._streamed else self._after_echo(scored)
+        self._streamed = True
+        yield text_choice(index, text, self._reason, scored)
 
     def whole(self, index: int) -> dict[str, Any]:
-        scored = None if self._scores is None else text_logprobs(self._scores.all, self._tokenizer)
+        scored = None
+        if self._scores is not None:
+            scored = self._after_echo(text_logprobs(self._scores.all, self._tokenizer))
         return text_choice(index, self._text, self._reason, scored)
+
+    def _after_echo(self, scored: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {name: self._before[name] + values for name, values in scored.items()}
 
 
 class TextCollector:
@@ -81,13 +119,14 @@ class TextCollector:
     ):
         self.usage = Usage(sum(map(len, prompts)))
         self._silent, self._answers = asked.silent, params.n
-        echoes = [tokenizer.decode(prompt) if asked.echo else "" for prompt in prompts for _ in range(params.n)]
-        self._choices = [_Text(tokenizer, echo, scored=params.logprobs is not None) for echo in echoes]
+        echoes = [_Echo(prompt, tokenizer, shown=bool(asked.echo)) for prompt in prompts]
+        scored = params.logprobs is not None
+        self._choices = [_Text(tokenizer, echo, scored=scored) for echo in echoes for _ in range(params.n)]
 
     def opening(self) -> list[dict[str, Any]]:
         return []
 
-    def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
+    def tell(self, index: int, told: TokenEvent) -> Iterable[dict[str, Any]]:
         if self._silent:
             told = TokenEvent(told.seq, None, "", told.finish_reason)
         count(self.usage, index, told, self._answers)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
+MOST_TOKEN_ID = 2**31 - 1
 MOST_LEVELS = 200  # of lists and objects in each other; what answers quote of them must stay below orjson's 254
 
 
@@ -35,11 +36,14 @@ def prompts(value: Any) -> list[str | list[int]]:
             return value
         if _is_token_ids(value):
             return [value]
-    raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
+    raise ValueError(
+        "must be a string, a list of strings, a list of token ids or a list of such lists, not empty; ids are from 0 "
+        f"to {MOST_TOKEN_ID}"
+    )
 
 
 def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= MOST_TOKEN_ID for v in value)
 
 
 def content(value: Any) -> str | list[dict[str, str]] | None:
@@ -133,7 +137,7 @@ UNREADABLE = ("image", "document", "input_image", "input_file")
 TEXT = {"type": "string"}
 NULL = {"type": "null"}
 OBJECT = {"type": "object"}
-TOKEN_IDS = listed({"type": "integer", "minimum": 0})
+TOKEN_IDS = listed({"type": "integer", "minimum": 0, "maximum": MOST_TOKEN_ID})
 LEFT_OUT = form({"type": {"enum": list(UNREADABLE)}})
 TEXT_PART = form({"type": {"const": "text"}, "text": TEXT})
 _NAMED = form({"name": TEXT}, {"description": TEXT, "parameters": OBJECT})

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from hetero_glm5.core import Drawn, Grammar, RequestError, SamplingParams, TokenEvent
@@ -106,51 +108,29 @@ class GenerateRequest(SparseBody):
         )
 
 
-class _Answered:
-    """One answer so far."""
+class _Prompt:
+    """A prompt, whose log-probabilities are spelt once for all its answers and their events."""
 
-    def __init__(self, asked: GenerateRequest, prompt: list[int], tokenizer: Tokenizer, name: str):
-        self._asked, self._prompt, self._tokenizer, self._name = asked, prompt, tokenizer, name
-        self._started = time.monotonic()
-        self._text, self._drawn = "", list[Drawn]()
-        self._last: TokenEvent | None = None
+    def __init__(self, asked: GenerateRequest, tokens: list[int], tokenizer: Tokenizer):
+        self._asked, self.tokens, self._tokenizer = asked, tokens, tokenizer
+        self._told: dict[str, Any] | None = None
 
-    def tell(self, told: TokenEvent) -> dict[str, Any]:
-        self._last = told
-        self._text += told.text
-        if told.token is not None:
-            self._drawn.append(told.drawn or Drawn(told.token))
-        return self.whole()
-
-    def whole(self) -> dict[str, Any]:
-        assert self._last is not None
-        meta = {
-            "id": self._name,
-            "finish_reason": self._reason(self._last),
-            "prompt_tokens": len(self._prompt),
-            "completion_tokens": len(self._drawn),
-            "cached_tokens": self._last.seq.num_cached or 0,
-            "e2e_latency": time.monotonic() - self._started,
-        }
-        if self._asked.return_logprob:
-            meta |= self._scores("input", self._input(self._last)) | self._scores("output", self._drawn)
-        return {"text": self._text, "output_ids": [one.token for one in self._drawn], "meta_info": meta}
-
-    def _reason(self, last: TokenEvent) -> dict[str, Any] | None:
-        if last.finish_reason is None:
-            return None
-        detail: dict[str, dict[str, Any]] = {"stop": {"matched": last.matched}, "length": {"length": len(self._drawn)}}
-        return {"type": last.finish_reason} | detail.get(last.finish_reason, {})
-
-    def _input(self, last: TokenEvent) -> list[Drawn]:
-        """The prompt's tokens from logprob_start_len on, the first without its value."""
-        start = self._asked.logprob_start_len
+    def input(self, last: TokenEvent) -> dict[str, Any]:
+        """From logprob_start_len on, the first without its value."""
+        if self._told is not None:
+            return self._told
+        start, known = self._asked.logprob_start_len, last.seq.prompt_logprobs
         if start < 0:
-            return [Drawn(self._prompt[-1])]
-        known = (last.seq.prompt_logprobs or [])[start:]
-        return [Drawn(token) for token in self._prompt[start : start + 1]] + known
+            drawn = [Drawn(self.tokens[-1])]
+        else:
+            drawn = [Drawn(token) for token in self.tokens[start : start + 1]] + (known or [])[start:]
+        spelt = self.scores("input", drawn)
+        if start >= 0 and known is None:
+            return spelt
+        self._told = {name: orjson.Fragment(orjson.dumps(scores)) for name, scores in spelt.items()}
+        return self._told
 
-    def _scores(self, side: str, drawn: list[Drawn]) -> dict[str, Any]:
+    def scores(self, side: str, drawn: list[Drawn]) -> dict[str, Any]:
         told: dict[str, Any] = {f"{side}_token_logprobs": [self._score(one.token, one.logprob) for one in drawn]}
         if self._asked.top_logprobs_num:
             tops = [[self._score(*pair) for pair in one.top] or None for one in drawn]
@@ -162,23 +142,63 @@ class _Answered:
         return finite(logprob), token, text
 
 
+class _Answered:
+    """One answer so far."""
+
+    def __init__(self, asked: GenerateRequest, prompt: _Prompt, name: str):
+        self._asked, self._prompt, self._name = asked, prompt, name
+        self._started = time.monotonic()
+        self._text, self._drawn = "", list[Drawn]()
+        self._last: TokenEvent | None = None
+
+    def tell(self, told: TokenEvent) -> None:
+        self._last = told
+        self._text += told.text
+        if told.token is not None:
+            self._drawn.append(told.drawn or Drawn(told.token))
+
+    def whole(self) -> dict[str, Any]:
+        assert self._last is not None
+        meta = {
+            "id": self._name,
+            "finish_reason": self._reason(self._last),
+            "prompt_tokens": len(self._prompt.tokens),
+            "completion_tokens": len(self._drawn),
+            "cached_tokens": self._last.seq.num_cached or 0,
+            "e2e_latency": time.monotonic() - self._started,
+        }
+        if self._asked.return_logprob:
+            meta |= self._prompt.input(self._last) | self._prompt.scores("output", self._drawn)
+        return {"text": self._text, "output_ids": [one.token for one in self._drawn], "meta_info": meta}
+
+    def _reason(self, last: TokenEvent) -> dict[str, Any] | None:
+        if last.finish_reason is None:
+            return None
+        detail: dict[str, dict[str, Any]] = {"stop": {"matched": last.matched}, "length": {"length": len(self._drawn)}}
+        return {"type": last.finish_reason} | detail.get(last.finish_reason, {})
+
+
 class GenerateCollector:
     """A choice is the whole answer so far."""
 
     def __init__(self, asked: GenerateRequest, prompts: list[list[int]], tokenizer: Tokenizer, name: str):
         self.usage = Usage(sum(map(len, prompts)))
         self._asked, self._each = asked, asked.sampling_params.n
-        self._answers = [_Answered(asked, prompt, tokenizer, name) for prompt in prompts for _ in range(self._each)]
+        given = [_Prompt(asked, prompt, tokenizer) for prompt in prompts]
+        self._answers = [_Answered(asked, prompt, name) for prompt in given for _ in range(self._each)]
 
     def opening(self) -> list[dict[str, Any]]:
         return []
 
-    def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
+    def tell(self, index: int, told: TokenEvent) -> Iterator[dict[str, Any]]:
         if self._asked.silent:
             told = TokenEvent(told.seq, None, "", told.finish_reason)
         count(self.usage, index, told, self._each)
-        answer = self._answers[index].tell(told)
-        return [answer | {"index": index}] if self._asked.many else [answer]
+        self._answers[index].tell(told)
+        return self._chunks(index)
+
+    def _chunks(self, index: int) -> Iterator[dict[str, Any]]:
+        yield self._answers[index].whole() | ({"index": index} if self._asked.many else {})
 
     def choices(self) -> list[dict[str, Any]]:
         return [answer.whole() for answer in self._answers]

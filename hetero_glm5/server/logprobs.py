@@ -61,7 +61,7 @@ def of_prompt(tokens: list[int], drawn: list[Drawn], tokenizer: Tokenizer) -> li
     return scored
 
 
-def text_logprobs(scored: list[Scored], tokenizer: Tokenizer) -> dict[str, Any]:
+def text_logprobs(scored: list[Scored], tokenizer: Tokenizer) -> dict[str, list[Any]]:
     """In the shape of /v1/completions."""
     return {
         "tokens": [spelled(tokenizer.token_bytes(s.drawn.token)) for s in scored],

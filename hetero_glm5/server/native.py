@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from hetero_glm5 import __version__
 from hetero_glm5.core import RequestError, SamplingParams
@@ -19,42 +19,38 @@ from hetero_glm5.server.guard import request_id
 from hetero_glm5.server.info import settled, snapshot
 from hetero_glm5.server.metrics import Metrics
 from hetero_glm5.server.parsers import OutputParser, ParsedMessage
-from hetero_glm5.server.protocol import ChatRequest, parse_request
+from hetero_glm5.server.protocol import ChatRequest, StrictFields
 from hetero_glm5.server.responses import json_response
-from hetero_glm5.server.service import Service
+from hetero_glm5.server.service import Service, parsed
 from hetero_glm5.server.streaming import ChoicesTeller, patience, reply
 
 PROBE_SECONDS = 20.0  # that /health_generate waits for a token
 SCRAPE_SECONDS = 1.0  # that /metrics waits for the engine, which listens between two steps
 
 
-class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TokenizeRequest(_Fields):
+class TokenizeRequest(StrictFields):
     model: str | None = None
-    prompt: str | list[str]
+    prompt: str | Annotated[list[str], Field(fail_fast=True)]
     add_special_tokens: bool = True  # this tokenizer adds none
 
 
-class DetokenizeRequest(_Fields):
+class DetokenizeRequest(StrictFields):
     model: str | None = None
     tokens: fields.Prompts
 
 
-class AbortRequest(_Fields):
+class AbortRequest(StrictFields):
     rid: str = ""
     abort_all: bool = False
 
 
-class ParseCallRequest(_Fields):
+class ParseCallRequest(StrictFields):
     text: str
     tools: fields.Tools
     tool_call_parser: Literal["glm47"] = "glm47"
 
 
-class SeparateRequest(_Fields):
+class SeparateRequest(StrictFields):
     text: str
     reasoning_parser: Literal["glm45"] = "glm45"
 
@@ -87,8 +83,8 @@ class Native:
 
     async def generate(self, request: Request) -> Response:
         service = self.service
-        asked = parse_request(GenerateRequest, await service.body(request))
-        given, params = asked.prompts, asked.sampling(service.defaults)
+        asked = await service.asked(GenerateRequest, request)
+        given, params = await asyncio.to_thread(lambda: (asked.prompts, asked.sampling(service.defaults)))
         service.check_count(len(given), params.n)
         prompts = [p if isinstance(p, list) else await asyncio.to_thread(service.encode, p) for p in given]
         name = asked.rid or request_id(request)
@@ -101,11 +97,11 @@ class Native:
         """vLLM's and SGLang's: of a text, of several, or of a chat as the model would see it."""
         body = await self.service.body(request)
         if b'"messages"' in body:
-            chat = parse_request(ChatRequest, body)
+            chat = await parsed(ChatRequest, body)
             self.service.check_model(chat.model)
-            _, tokens = await asyncio.to_thread(self.service.chat_prompt, chat)
+            tokens = await asyncio.to_thread(lambda: self.service.encode(self.service.chat_text(chat)))
             return self._counted(tokens, len(tokens))
-        asked = parse_request(TokenizeRequest, body)
+        asked = await parsed(TokenizeRequest, body)
         self.service.check_model(asked.model)
         if isinstance(asked.prompt, str):
             tokens = await asyncio.to_thread(self.service.encode, asked.prompt)
@@ -117,11 +113,11 @@ class Native:
         return json_response({"tokens": tokens, "count": counts, "max_model_len": self.worker.context_length})
 
     async def detokenize(self, request: Request) -> Response:
-        asked = parse_request(DetokenizeRequest, await self.service.body(request))
+        asked = await self.service.asked(DetokenizeRequest, request)
         self.service.check_model(asked.model)
-        if not isinstance(asked.tokens[0], list) or any(t >= 2**31 for tokens in asked.tokens for t in tokens):
+        if not isinstance(asked.tokens[0], list):
             raise RequestError("tokens holds something else than token ids.", "tokens")
-        texts = [self.tokenizer.decode(tokens) for tokens in asked.tokens]
+        texts = await asyncio.to_thread(lambda: list(map(self.tokenizer.decode, asked.tokens)))
         text = texts[0] if len(texts) == 1 else texts
         return json_response({"prompt": text, "text": text})
 
@@ -131,20 +127,22 @@ class Native:
 
     async def abort_request(self, request: Request) -> Response:
         """What it names is a request's rid, its X-Request-Id or its answer's id."""
-        asked = parse_request(AbortRequest, await self.service.body(request))
+        asked = await self.service.asked(AbortRequest, request)
         if not (asked.rid or asked.abort_all):
             raise RequestError("rid is missing: name a request, or set abort_all.", "rid")
         return json_response({"aborted": self.worker.abort(None if asked.abort_all else asked.rid)})
 
     async def parse_function_call(self, request: Request) -> Response:
-        asked = parse_request(ParseCallRequest, await self.service.body(request))
-        message = _parsed(asked.text, OutputParser(thinking=False, reasoning=False, tools=asked.tools or []))
+        asked = await self.service.asked(ParseCallRequest, request)
+        parser = OutputParser(thinking=False, reasoning=False, tools=asked.tools or [])
+        message = await asyncio.to_thread(_parsed, asked.text, parser)
         calls = [{"name": name, "parameters": arguments} for name, arguments in message.calls or ()]
         return json_response({"normal_text": message.content, "calls": calls})
 
     async def separate_reasoning(self, request: Request) -> Response:
-        asked = parse_request(SeparateRequest, await self.service.body(request))
-        message = _parsed(asked.text, OutputParser(thinking=True, reasoning=True, tools=None))
+        asked = await self.service.asked(SeparateRequest, request)
+        parser = OutputParser(thinking=True, reasoning=True, tools=None)
+        message = await asyncio.to_thread(_parsed, asked.text, parser)
         return json_response({"reasoning_text": message.reasoning, "text": message.content})
 
     async def model_info(self) -> Response:

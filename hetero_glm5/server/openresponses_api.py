@@ -14,7 +14,6 @@ from fastapi import APIRouter, Request, Response
 
 from hetero_glm5.core import RequestError
 from hetero_glm5.server.openresponses_protocol import ResponsesRequest, encoded
-from hetero_glm5.server.protocol import parse_request
 from hetero_glm5.server.recent import Recent
 from hetero_glm5.server.responses import PING
 from hetero_glm5.server.service import Service
@@ -28,10 +27,10 @@ def responses_router(service: Service) -> APIRouter:
     kept: Recent[Messages] = Recent(MOST_CHARACTERS)
 
     async def responses(request: Request) -> Response:
-        asked = parse_request(ResponsesRequest, await service.body(request))
+        asked = await service.asked(ResponsesRequest, request)
         service.check_model(asked.model)
         before = _before(kept, asked.previous_response_id)
-        turn = await make_turn(service, asked.asked(before, asked.sampling(service.defaults)), "call_")
+        turn = await make_turn(service, lambda: asked.asked(before, asked.sampling(service.defaults)), "call_")
         teller = ResponseTeller(turn, asked, service.model, before, kept if asked.store else None)
         return await answer(service, request, teller, streams=asked.stream)
 
@@ -201,5 +200,8 @@ def _message(parts: list[Part]) -> dict[str, Any]:
 
 
 def _size(message: dict[str, Any]) -> int:
-    calls = sum(len(call["function"]["arguments"]) for call in message.get("tool_calls", ()))
-    return 100 + len(message["content"]) + len(message.get("reasoning_content", "")) + calls
+    """Characters that it holds, and something for each of its parts."""
+    calls = message.get("tool_calls", ())
+    texts = [text for name, text in message.items() if name != "tool_calls"]
+    texts += [text for call in calls for text in (call["id"], *call["function"].values())]
+    return 100 * (1 + len(calls)) + sum(map(len, texts))

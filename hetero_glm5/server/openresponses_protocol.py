@@ -92,27 +92,32 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         return [{"role": "user", "content": value}]
     if not isinstance(value, list):
         raise ValueError("must be a string or a list of items")
-    messages: list[dict[str, Any]] = []
+    turns: list[list[dict[str, Any]]] = []
     for i, item in enumerate(value):
         kind = item.get("type", "message") if isinstance(item, dict) else None
         if not isinstance(kind, str) or kind not in _ITEMS:
             raise ValueError(f"has an item of type {shown(kind)} at [{i}]; it must be one of {', '.join(_ITEMS)}")
         try:
-            _append(messages, _ITEMS[kind](item))
+            message = _ITEMS[kind](item)
         except ValueError as error:
             raise ValueError(f"at [{i}] {error}") from error
-    return messages
+        if turns and _continues(turns[-1][-1], message):
+            turns[-1].append(message)
+        else:
+            turns.append([message])
+    return list(map(_joined, turns))
 
 
-def _append(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
+def _continues(last: dict[str, Any], message: dict[str, Any]) -> bool:
     """Reasoning begins a new turn of the assistant's; what follows it belongs to the same one."""
-    last = messages[-1] if messages else None
-    if last is None or not last["role"] == message["role"] == "assistant" or "reasoning_content" in message:
-        messages.append(message)
-        return
-    last["content"] += message["content"]
-    if "tool_calls" in message:
-        last["tool_calls"] = last.get("tool_calls", []) + message["tool_calls"]
+    return last["role"] == message["role"] == "assistant" and "reasoning_content" not in message
+
+
+def _joined(turn: list[dict[str, Any]]) -> dict[str, Any]:
+    """One message of a turn's items."""
+    message = turn[0] | {"content": "".join(item["content"] for item in turn)}
+    calls = [call for item in turn for call in item.get("tool_calls", ())]
+    return message | {"tool_calls": calls} if calls else message
 
 
 def _tools(value: Any) -> list[dict[str, Any]]:
@@ -137,7 +142,8 @@ def _tool_choice(value: Any) -> dict[str, Any]:
     if kind == "function" and isinstance(value.get("name"), str):
         return {"mode": "only", "names": [value["name"]]}
     if kind == "allowed_tools" and value.get("mode") in ("auto", "required") and isinstance(value.get("tools"), list):
-        return {"mode": value["mode"], "names": [tool.get("name") for tool in value["tools"] if isinstance(tool, dict)]}
+        names = [tool.get("name") for tool in value["tools"] if isinstance(tool, dict)]
+        return {"mode": value["mode"], "names": [name for name in names if isinstance(name, str)]}
     raise ValueError(f"is {shown(value)}; it must be auto, none, required, a function or allowed_tools")
 
 
@@ -230,7 +236,7 @@ class ResponsesRequest(SparseBody):
     parallel_tool_calls: bool = True
     text: Text = Text()
     reasoning: Reasoning = Reasoning()
-    include: list[str] = []
+    include: Annotated[list[str], Field(fail_fast=True)] = []
     max_output_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: float | None = None
     top_p: float | None = None
@@ -249,7 +255,10 @@ class ResponsesRequest(SparseBody):
             raise RequestError("include asks for message.output_text.logprobs, which is not supported.", "include")
         instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
         names, mode = self.tool_choice.get("names"), self.tool_choice["mode"]
-        allowed = [tool for tool in self.tools if mode == "only" or names is None or tool["function"]["name"] in names]
+        allowed = self.tools
+        if mode != "only" and names is not None:
+            among = frozenset(names)
+            allowed = [tool for tool in self.tools if tool["function"]["name"] in among]
         return Asked(
             [*instructions, *before, *self.input],
             allowed,

@@ -39,8 +39,25 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, 
 }
 
 
-class StreamOptions(BaseModel):
+class StrictFields(BaseModel):
+    """Fields that it does not have are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: Any) -> Any:
+        """Of the fields that it does not have, pydantic sees one, for which it makes an error: a client may send
+        millions."""
+        if not isinstance(data, dict):
+            return data
+        unknown = [name for name in data if name not in cls.model_fields]
+        unknown.sort(key=lambda name: data[name] is None)  # null may be dropped yet, see SparseBody
+        dropped = frozenset(unknown[1:])
+        return {name: value for name, value in data.items() if name not in dropped} if dropped else data
+
+
+class StreamOptions(StrictFields):
     include_usage: bool = False
     include_obfuscation: bool = False  # accepted; nothing is padded
 
@@ -65,11 +82,11 @@ def _untyped(schema: dict[str, Any], kind: Any) -> None:
         schema["properties"][name] = {"enum": [*neutral, None], "description": "Not supported."}
 
 
-class RequestBody(BaseModel):
+class RequestBody(StrictFields):
     """Fields that are `ignored` change nothing; those that are `unsupported` are accepted only with the values, besides
     null, that ask for nothing."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_untyped)
+    model_config = ConfigDict(json_schema_extra=_untyped)
     ignored: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from hetero_glm5.config import ServerConfig
@@ -24,9 +25,10 @@ from hetero_glm5.server.tokenizer import SamplingDefaults, Tokenizer
 from hetero_glm5.server.worker import EngineWorker
 
 MAX_BODY_BYTES = 64 << 20  # a prompt of a million tokens is about 4 MB
+LARGE_BODY_BYTES = 64 << 10  # from here on a body is read in a thread, beside which other requests go on
 RETRY_SECONDS = "5"
 
-R = TypeVar("R", bound=SamplingRequest)
+M = TypeVar("M", bound=BaseModel)
 
 
 class Service:
@@ -80,20 +82,28 @@ class Service:
         return json_response(await self.worker.ask(lambda engine: engine.recorder.dump()))
 
     async def completions(self, request: Request) -> Response:
-        asked = await self._asked(CompletionRequest, request)
-        params = asked.sampling(self.defaults, asked.grammar())
+        asked = await self.asked(CompletionRequest, request)
+        self.check_model(asked.model)
+        params = await asyncio.to_thread(lambda: asked.sampling(self.defaults, asked.grammar()))
         self.check_count(len(asked.prompt), params.n)
         prompts = [p if isinstance(p, list) else await asyncio.to_thread(self.encode, p) for p in asked.prompt]
         collector = TextCollector(asked, prompts, params, self.tokenizer)
         return await self._answer(request, asked, prompts, params, collector)
 
     async def chat(self, request: Request) -> Response:
-        asked = await self._asked(ChatRequest, request)
-        text, prompt = await asyncio.to_thread(self.chat_prompt, asked)
+        asked = await self.asked(ChatRequest, request)
+        self.check_model(asked.model)
         reasoning = self.config.reasoning_parser is not None and asked.separate_reasoning is not False
-        opened = text.rstrip().endswith("<think>")
+
+        def prepared() -> tuple[SamplingParams, list[int], bool]:
+            text = self.chat_text(asked)
+            opened = text.rstrip().endswith("<think>")
+            params = asked.sampling(self.defaults, asked.grammar(thinking=reasoning and opened))
+            prompt = self.encode(text)
+            return self.fitting(params, prompt), prompt, opened
+
+        params, prompt, opened = await asyncio.to_thread(prepared)
         thinking = reasoning and opened
-        params = self.fitting(asked.sampling(self.defaults, asked.grammar(thinking=thinking)), prompt)
 
         def parser() -> OutputParser:
             return OutputParser(
@@ -104,13 +114,12 @@ class Service:
         collector = ChatCollector(prompt, parser, params, self.tokenizer, replay, counts_reasoning=reasoning)
         return await self._answer(request, asked, [prompt], params, collector)
 
-    def chat_prompt(self, asked: ChatRequest) -> tuple[str, list[int]]:
-        """As text and as tokens. Raises RequestError."""
+    def chat_text(self, asked: ChatRequest) -> str:
+        """The prompt. Raises RequestError."""
         messages, tools = asked.plain_messages, asked.offered_tools
         if tools is not None and self.config.tool_call_parser is None:
             raise RequestError("tools need a server started with --tool-call-parser glm47.", "tools")
-        text = self.replay.render(self.tokenizer, messages, tools, **asked.template_kwargs)
-        return text, self.encode(text)
+        return self.replay.render(self.tokenizer, messages, tools, **asked.template_kwargs)
 
     def fitting(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
         """What agents ask for is a bound, often the model's own: it may be more than the prompt leaves of the
@@ -122,12 +131,9 @@ class Service:
         """Raises RequestError, for texts that are too long without encoding them."""
         return self.tokenizer.encode(text, self.worker.context_length)
 
-    async def _asked(self, kind: type[R], request: Request) -> R:
-        """The request, with everything checked that needs no encoded prompt."""
-        asked = parse_request(kind, await self.body(request))
-        self.check_model(asked.model)
-        asked.sampling(self.defaults, asked.grammar())
-        return asked
+    async def asked(self, kind: type[M], request: Request) -> M:
+        """What the body says. Raises like body(), and RequestError."""
+        return await parsed(kind, await self.body(request))
 
     async def _answer(
         self,
@@ -183,3 +189,10 @@ class Service:
             "owned_by": "hetero_glm5",
             "max_model_len": length,
         }
+
+
+async def parsed(kind: type[M], body: bytes) -> M:
+    """Raises RequestError."""
+    if len(body) < LARGE_BODY_BYTES:
+        return parse_request(kind, body)
+    return await asyncio.to_thread(parse_request, kind, body)

@@ -73,6 +73,7 @@ async def _collect(generation: Generation, teller: Teller) -> Any:
     async for item in generation.events():
         if item is not None:
             teller.tell(*item)
+            await asyncio.sleep(0)  # many events may have come: other requests go on between them
     return teller.whole()
 
 
@@ -89,6 +90,7 @@ async def _stream(generation: Generation, teller: Teller) -> AsyncIterator[bytes
             for line in lines:
                 yield line
                 sent = time.monotonic()
+            await asyncio.sleep(0)  # sending waits only for a client that is slow
         for line in teller.closing():
             yield line
     except (GenerationFailed, RequestError, QueueFull) as error:
@@ -105,8 +107,8 @@ class Collector(Protocol):
         """Choices of chunks to send before anything has been computed."""
         ...
 
-    def tell(self, index: int, told: TokenEvent) -> list[dict[str, Any]]:
-        """Choices of the chunks that say what this event brought."""
+    def tell(self, index: int, told: TokenEvent) -> Iterable[dict[str, Any]]:
+        """Choices of the chunks that say what this event brought, spelt as they are asked for."""
         ...
 
     def choices(self) -> list[dict[str, Any]]:

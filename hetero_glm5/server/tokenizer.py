@@ -52,6 +52,13 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
+def _spelt(spelling: str) -> bytes:
+    """What a token stands for."""
+    if all(character in _BYTE_OF for character in spelling):
+        return bytes(_BYTE_OF[character] for character in spelling)
+    return spelling.encode()  # an added token in plain text
+
+
 @dataclass(frozen=True)
 class SamplingDefaults:
     """generation_config.json: what a request that names no value gets."""
@@ -88,7 +95,8 @@ class Tokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, template: ChatTemplate | None = None):
         self._tokenizer, self._template = tokenizer, template
-        self._longest = max(map(len, map(self.token_bytes, tokenizer.get_vocab().values())), default=1)
+        self._bytes = {token: _spelt(spelling) for spelling, token in tokenizer.get_vocab().items()}
+        self._longest = max(map(len, self._bytes.values()), default=1)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -145,10 +153,7 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; none for an id without a token (GLM-5 pads its vocabulary)."""
-        spelling = self._tokenizer.id_to_token(token) or ""
-        if all(character in _BYTE_OF for character in spelling):
-            return bytes(_BYTE_OF[character] for character in spelling)
-        return spelling.encode()  # an added token in plain text
+        return self._bytes.get(token, b"")
 
     def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, /, **kwargs: Any) -> str:
         """The prompt for a chat. `kwargs` reach the template; clear_thinking is False unless given. RequestError."""

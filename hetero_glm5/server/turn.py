@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -190,8 +190,9 @@ async def answer(service: Service, request: Request, teller: TurnTeller, *, stre
     return await reply(request, service.worker, generation, teller, streams)
 
 
-async def make_turn(service: Service, asked: Asked, call_prefix: str) -> Turn:
-    return await asyncio.to_thread(Turn, service, asked, call_prefix)
+async def make_turn(service: Service, asked: Callable[[], Asked], call_prefix: str) -> Turn:
+    """In a thread, `asked` too: a conversation may be long."""
+    return await asyncio.to_thread(lambda: Turn(service, asked(), call_prefix))
 
 
 def named_event(body: dict[str, Any]) -> bytes:

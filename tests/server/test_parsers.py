@@ -209,7 +209,9 @@ def test_what_refers_to_too_much_may_be_anything():
     properties = {f"p{i}": {"$ref": f"#/$defs/x{i}"} for i in range(3001)}
     pairs = "".join(f"<arg_key>{key}</arg_key><arg_value>7</arg_value>" for key in properties)
     pairs += "<arg_key>p0</arg_key><arg_value>some</arg_value>"
-    (call,) = parse([f"<tool_call>f{pairs}</tool_call>"], False, tools=[tool("f", properties, **{"$defs": chain})]).calls
+    (call,) = parse(
+        [f"<tool_call>f{pairs}</tool_call>"], False, tools=[tool("f", properties, **{"$defs": chain})]
+    ).calls
     assert json.loads(call[1]) == dict.fromkeys(properties, 7) | {"p0": "some"}
 
 
