@@ -59,13 +59,14 @@ class _Echo:
 
     def logprobs(self, drawn: list[Drawn] | None) -> dict[str, list[Any]]:
         """In the shape of /v1/completions. drawn: of all its tokens but the first."""
-        if drawn is None:
-            return text_logprobs([], self._tokenizer)
-        if self._logprobs is None:
-            told = text_logprobs(of_prompt(self._prompt, drawn, self._tokenizer), self._tokenizer)
-            tops = [orjson.Fragment(orjson.dumps(top)) for top in told["top_logprobs"]]
-            self._logprobs = told | {"top_logprobs": tops}
-        return self._logprobs
+        if self._logprobs is not None:
+            return self._logprobs
+        scored = [] if drawn is None else of_prompt(self._prompt, drawn, self._tokenizer)
+        told = text_logprobs(scored, self._tokenizer)
+        if len(scored) == len(self._prompt):  # less if an answer ended before the prompt was read
+            self._logprobs = told | {"top_logprobs": [orjson.Fragment(orjson.dumps(top)) for top in told["top_logprobs"]]}
+            return self._logprobs
+        return told
 
 
 class _Text:

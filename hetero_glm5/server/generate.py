@@ -125,7 +125,7 @@ class _Prompt:
         else:
             drawn = [Drawn(token) for token in self.tokens[start : start + 1]] + (known or [])[start:]
         spelt = self.scores("input", drawn)
-        if start >= 0 and known is None:
+        if start >= 0 and len(known or ()) < len(self.tokens) - 1:  # an answer that ended before the prompt was read
             return spelt
         self._told = {name: orjson.Fragment(orjson.dumps(scores)) for name, scores in spelt.items()}
         return self._told

@@ -32,6 +32,8 @@ def test_tokens_there_and_back(serve, tokenizer):
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": "a"}, "tokens"),
         ("/detokenize", {"tokens": [2**40]}, "tokens"),
+        ("/tokenize", {"prompt": [5, "a"]}, "prompt"),
+        ("/v1/completions", {"prompt": [2**40], "echo": True}, "prompt"),
         ("/abort_request", {}, "rid"),
         ("/parse_function_call", {"text": "a", "tools": [], "tool_call_parser": "qwen"}, "tool_call_parser"),
         ("/separate_reasoning", {"reasoning_parser": "glm45"}, "text"),

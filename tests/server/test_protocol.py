@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hetero_glm5.core import RequestError
+from hetero_glm5.server.openresponses_protocol import ResponsesRequest
 from hetero_glm5.server.protocol import ChatRequest, CompletionRequest, parse_request
 from hetero_glm5.server.tokenizer import SamplingDefaults
 
@@ -188,6 +189,16 @@ def test_bodies_are_not_too_deep():
     for levels in (198, 400, 900):
         with pytest.raises(RequestError, match="more than 200 levels"):
             chat(metadata={"a": deep(levels)})
+
+
+def test_many_mistakes_are_one_refusal():
+    """A sentence names the first; pydantic's own account of all of them would take gigabytes."""
+    many = {f"a{i}": 0 for i in range(1_000_000)}
+    for fields, name in (({"stream_options": many}, r"stream_options\.a0"), ({"gone": None, **many}, "a0")):
+        with pytest.raises(RequestError, match=f"^{name} is not a field of this request"):
+            chat(**fields)
+    with pytest.raises(RequestError, match=r"include\[0\] is wrong: input should be a valid string"):
+        parse_request(ResponsesRequest, json.dumps({"input": "x", "include": [0] * 1_000_000}).encode())
 
 
 def test_tools_stay_as_they_came_and_other_types_are_skipped():
