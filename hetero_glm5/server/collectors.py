@@ -64,7 +64,9 @@ class _Echo:
         scored = [] if drawn is None else of_prompt(self._prompt, drawn, self._tokenizer)
         told = text_logprobs(scored, self._tokenizer)
         if len(scored) == len(self._prompt):  # less if an answer ended before the prompt was read
-            self._logprobs = told | {"top_logprobs": [orjson.Fragment(orjson.dumps(top)) for top in told["top_logprobs"]]}
+            self._logprobs = told | {
+                "top_logprobs": [orjson.Fragment(orjson.dumps(top)) for top in told["top_logprobs"]]
+            }
             return self._logprobs
         return told
 

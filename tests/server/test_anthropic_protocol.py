@@ -36,6 +36,14 @@ def test_systems_are_one_message():
     assert plain(USER, {"role": "system", "content": "Now."}, USER)[1] == {"role": "system", "content": "Now."}
 
 
+def test_neighbouring_texts_are_one_message_between_results():
+    """Joined one by one, these would take minutes."""
+    many = [text("a" * 300)] * 100_000
+    told = plain({"role": "user", "content": [*many, result("x"), result("y"), text("b"), text("c")]})
+    assert [message["role"] for message in told] == ["user", "tool", "tool", "user"]
+    assert told[0]["content"] == "a" * 30_000_000 and told[-1]["content"] == "bc"
+
+
 def test_an_assistants_blocks_are_one_message():
     blocks = [
         {"type": "thinking", "thinking": "Hm.", "signature": "x"},

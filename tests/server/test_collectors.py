@@ -2,6 +2,14 @@
 
 import json
 
+import orjson
+
+from hetero_glm5.core import Drawn, SamplingParams, Sequence, TokenEvent
+from hetero_glm5.server.collectors import TextCollector
+from hetero_glm5.server.generate import GenerateCollector, GenerateRequest
+from hetero_glm5.server.protocol import CompletionRequest
+from hetero_glm5.server.tokenizer import Tokenizer
+
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -85,3 +93,59 @@ def test_an_echoed_prompt_stands_before_the_answer(serve, fake_engine, tokenizer
     assert [choice["text"] for choice in silent["choices"]] == ["One é", "Two"]
     assert silent["usage"]["completion_tokens"] == 0 and silent["choices"][0]["finish_reason"] == "length"
     assert by_index(served.chunks(TEXT, **{**body, "max_tokens": 0}), lambda c: c["text"]) == {0: "One é", 1: "Two"}
+
+
+class Counted(Tokenizer):
+    """Counts the tokens that are spelt."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        vars(self).update(vars(tokenizer))
+        self.spelt = 0
+
+    def token_bytes(self, token: int) -> bytes:
+        self.spelt += 1
+        return super().token_bytes(token)
+
+
+PROMPT = list(range(40, 140))
+KNOWN = [Drawn(token, -1.5, ((token, -1.5),)) for token in PROMPT[1:]]
+
+
+def told(collector, answers: int, *, read: bool) -> list[list[dict]]:
+    """What streams of two tokens each say; `read`: someone asks for it."""
+    events = []
+    for index in range(answers):
+        seq = Sequence([*PROMPT, 7, 7], SamplingParams(), len(PROMPT))
+        seq.prompt_logprobs = list(KNOWN)
+        drawn = Drawn(7, -2.0, ((7, -2.0),))
+        for token in (TokenEvent(seq, 7, "x", None, drawn=drawn), TokenEvent(seq, 7, "x", "length", drawn=drawn)):
+            chunks = collector.tell(index, token)
+            events.append(orjson.loads(orjson.dumps(list(chunks))) if read else [])
+    return events
+
+
+def test_a_prompts_log_probabilities_are_spelt_once_for_all_answers(tokenizer):
+    asked = CompletionRequest(prompt="", echo=True, logprobs=1, n=9)
+    params, counted = SamplingParams(n=9, logprobs=1, prompt_logprobs=1), Counted(tokenizer)
+    collector = TextCollector(asked, [PROMPT], params, counted)
+    streamed = [chunk["logprobs"] for (chunk,) in told(collector, 9, read=True)]
+    whole = [choice["logprobs"] for choice in orjson.loads(orjson.dumps(collector.choices()))]
+    assert counted.spelt < 6 * len(PROMPT)
+    for i, one in enumerate(whole):
+        assert one == whole[0] and len(one["tokens"]) == len(PROMPT) + 2
+        first, second = streamed[2 * i : 2 * i + 2]
+        assert one == {name: first[name] + second[name] for name in first}
+
+
+def test_native_answers_are_spelt_when_they_are_asked_for(tokenizer):
+    body = {"input_ids": PROMPT, "return_logprob": True, "logprob_start_len": 0, "return_text_in_logprobs": True}
+    asked, counted = GenerateRequest(**body, top_logprobs_num=1, sampling_params={"n": 9}), Counted(tokenizer)
+    collector = GenerateCollector(asked, [PROMPT], counted, "r")
+    told(collector, 9, read=False)
+    assert counted.spelt == 0
+    whole = orjson.loads(orjson.dumps(collector.choices()))
+    streamed = told(GenerateCollector(asked, [PROMPT], counted, "r"), 9, read=True)
+    assert counted.spelt < 6 * len(PROMPT)
+    scores = [chunk["meta_info"]["input_token_logprobs"] for chunk in [*whole, *(event[0] for event in streamed)]]
+    assert len(scores) == 27 and all(one == scores[0] for one in scores)
+    assert scores[0][0] == [None, 40, tokenizer.decode([40])] and scores[0][1][:2] == [-1.5, 41]

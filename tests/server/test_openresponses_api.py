@@ -9,6 +9,8 @@ from pydantic import BaseModel
 from scripted import CALL, pieces, starter
 
 from hetero_glm5.server import openresponses_api, streaming
+from hetero_glm5.server.openresponses_protocol import ResponsesRequest
+from hetero_glm5.server.protocol import parse_request
 
 ROUTE = "/v1/responses"
 WEATHER = {
@@ -137,6 +139,31 @@ def test_the_oldest_answers_are_forgotten(client, listening, monkeypatch):
     asking.responses.create(model="tiny", input="Go on.", previous_response_id=ids[-1])
     with pytest.raises(openai.BadRequestError, match="is not kept"):
         asking.responses.create(model="tiny", input="Go on.", previous_response_id=ids[0])
+
+
+def test_all_of_an_answers_text_counts_when_it_is_kept(client, listening, monkeypatch):
+    monkeypatch.setattr(openresponses_api, "MOST_CHARACTERS", 1000)
+    asking = client("", listening[0])
+    called = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "c"}
+    result = {"type": "function_call_output", "call_id": "c", "output": "x"}
+    for long in ({"name": "f" * 600}, {"call_id": "c" * 600}):
+        kept = asking.responses.create(model="tiny", input=[called | long, result])
+        with pytest.raises(openai.BadRequestError, match="is not kept"):
+            asking.responses.create(model="tiny", input="Go on.", previous_response_id=kept.id)
+    kept = asking.responses.create(model="tiny", input=[called, result])
+    asking.responses.create(model="tiny", input="Go on.", previous_response_id=kept.id)
+
+
+def test_an_assistants_items_are_one_message():
+    """Joined one by one, these would take minutes."""
+    said = {"role": "assistant", "content": "a" * 300}
+    call = {"type": "function_call", "name": "f", "arguments": "{}"}
+    calls = [call | {"call_id": f"c{i}"} for i in range(100_000)]
+    items = [*[said] * 50_000, *calls, {"type": "reasoning", "summary": []}, said]
+    asked = parse_request(ResponsesRequest, json.dumps({"input": items}).encode())
+    first, second = asked.input
+    assert len(first["content"]) == 15_000_000 and second["content"] == said["content"]
+    assert [call["id"] for call in first["tool_calls"]] == [call["call_id"] for call in calls]
 
 
 def test_reasoning_comes_back_encoded(client, listening):
