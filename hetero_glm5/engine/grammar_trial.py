@@ -25,7 +25,7 @@ LIMITS = LLParserLimits(max_lexer_states=50_000, max_items_in_row=2_000, step_ma
 # A model that pads its JSON could go on for ever between two words.
 BLANKS = r"[\x20\x0A\x0D\x09]{1,64}"
 
-MOST_CPU_SECONDS, MOST_BYTES = 2.0, 256 << 20
+MOST_CPU_SECONDS, MOST_BYTES = 2.0, 64 << 20
 STACK = 1 << 20  # bytes; a thread that serves has at least twice as much
 MOST_MASK_SECONDS = 0.02  # of a core, for one token's mask
 TOO_MUCH = f"to compile it takes more than {MOST_CPU_SECONDS:g} s or {MOST_BYTES >> 20} MiB, or it nests too deeply"

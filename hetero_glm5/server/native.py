@@ -90,7 +90,7 @@ class Native:
         name = asked.rid or request_id(request)
         collector = GenerateCollector(asked, prompts, self.tokenizer, name)
         answer, names = NativeAnswer(asked.many), frozenset((name, request_id(request)))
-        generation = await self.worker.submit(prompts, params, patience(asked.stream), names=names)
+        generation = await self.worker.submit(prompts, params, patience(), names=names)
         return await reply(request, self.worker, generation, ChoicesTeller(generation, collector, answer), asked.stream)
 
     async def tokenize(self, request: Request) -> Response:

@@ -148,7 +148,7 @@ class Service:
         generation = await self.worker.submit(
             prompts,
             params,
-            patience(asked.stream),
+            patience(),
             salt=asked.cache_salt,
             names=asked.names | {answer.token, answer.id},
         )

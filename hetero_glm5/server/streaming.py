@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 SILENCE = 10.0  # seconds after which a stream says that it is alive; some clients give up after 20
 
 
-def patience(streams: bool) -> float | None:
-    """Seconds for the engine to refuse a request; then a stream's headers go out."""
-    return SILENCE / 10 if streams else None
+def patience() -> float:
+    """Seconds for the engine to refuse a request; then streams' headers go out, and who leaves is noticed."""
+    return SILENCE / 10
 
 
 class Teller(Protocol):

@@ -186,7 +186,7 @@ class TurnTeller(Teller, Protocol):
 async def answer(service: Service, request: Request, teller: TurnTeller, *, streams: bool) -> Response:
     """Raises like EngineWorker.submit, and GenerationFailed."""
     turn, names = teller.turn, frozenset((teller.id, request_id(request)))
-    generation = await service.worker.submit([turn.prompt], turn.params, patience(streams), names=names)
+    generation = await service.worker.submit([turn.prompt], turn.params, patience(), names=names)
     return await reply(request, service.worker, generation, teller, streams)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from hetero_glm5.core import Grammar, RequestError
 from hetero_glm5.demo.tokenizer import build_tokenizer
-from hetero_glm5.engine.grammar_trial import MOST_MASK_SECONDS, Trial
+from hetero_glm5.engine.grammar_trial import MOST_MASK_SECONDS, TOO_MUCH, Trial
 from hetero_glm5.engine.sampler import Sampler
 
 
@@ -50,13 +50,13 @@ def trial():
 
 @pytest.mark.parametrize("name", FATAL)
 def test_what_takes_too_much_is_refused(trial, name):
-    assert trial.refusal(*FATAL[name]).startswith("to compile it takes more than 2 s or 256 MiB, or it nests")
+    assert trial.refusal(*FATAL[name]) == TOO_MUCH
     assert trial.refusal("regex", "a+") == ""
 
 
 def test_what_would_slow_every_token_is_refused(trial):
-    assert "each token would take" in trial.refusal("regex", "ab" * 200_000)
-    assert f"at most {1000 * MOST_MASK_SECONDS:.0f} are allowed" in trial.refusal("regex", "ab" * 200_000)
+    refusal = trial.refusal("regex", "ab" * 100_000)
+    assert "each token would take" in refusal and f"at most {1000 * MOST_MASK_SECONDS:.0f} are allowed" in refusal
 
 
 def test_messages_and_lines_come_through_whole(trial):
