@@ -29,6 +29,10 @@ from hetero_glm5.server.worker import EngineWorker, Report
 
 log = logging.getLogger(__name__)
 
+# Seconds that a connection may idle: longer than clients keep one (httpx 5, aiohttp 15, Go 90), or a request may come
+# just when the server closes it.
+KEEP_ALIVE = 120
+
 STALL_SECONDS = 5.0  # when the server ends and the engine has nothing left to say: how long a client may do nothing
 
 
@@ -96,7 +100,8 @@ def serve(config: EngineConfig, server_config: ServerConfig, listening: socket.s
         on_failure=failed,
     )
     app = create_app(Service(worker, tokenizer, name, server_config, defaults))
-    server = _Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False), worker)
+    quiet = {"log_config": None, "log_level": "warning", "access_log": False}
+    server = _Server(uvicorn.Config(app, timeout_keep_alive=KEEP_ALIVE, **quiet), worker)
     server.run(sockets=[listening])
     with suppress(OSError):
         display.close()

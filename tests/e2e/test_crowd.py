@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections import Counter
+from http.client import HTTPConnection
 from random import Random
 
 import httpx
@@ -150,6 +151,15 @@ def test_some_clients_leave(url):
 @pytest.mark.slow
 def test_two_hundred_streams_at_once(url):
     asyncio.run(told_twice(url, 200))
+
+
+@pytest.mark.slow
+def test_a_connection_that_has_idled_is_served(url):
+    connection = HTTPConnection(url.removeprefix("http://"))
+    for idle in (0, 8):
+        time.sleep(idle)
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
 
 
 @pytest.mark.slow
