@@ -255,6 +255,7 @@ class NormHandle {
 }  // namespace
 
 void bind_dense(py::module_& m) {
+  m.attr("KEY_GROUP") = kKeyGroup;
   py::class_<WorkspaceHandle, SharedSpace>(m, "DenseWorkspace")
       .def(py::init([](std::shared_ptr<PoolHandle> pool) { return std::make_shared<WorkspaceHandle>(std::move(pool)); }),
            py::arg("pool"));

@@ -12,16 +12,13 @@
 namespace hetero {
 namespace {
 
-constexpr int64_t kGroup = 128;  // values under one scale
-constexpr float kLargest = 448;
-
 // An FP8 row: codes, an fp32 scale for each group of them, the kept values; its parts may begin at any byte.
 struct Fp8Row {
   uint8_t* codes;
   int64_t coded;
 
   uint8_t* scale(int64_t group) const { return codes + coded + 4 * group; }
-  uint8_t* kept() const { return scale(ceil_div(coded, kGroup)); }
+  uint8_t* kept() const { return scale(ceil_div(coded, kKeyGroup)); }
 };
 
 Fp8Row row_at(const Keys& keys, int64_t slot) {
@@ -34,7 +31,7 @@ float scale_of(const float* x, int64_t count) {
     if (std::isnan(x[i])) return x[i];
     largest = std::max(std::fabs(x[i]), largest);
   }
-  return std::max(largest / kLargest, std::numeric_limits<float>::min());
+  return std::max(largest / kE4m3Max, std::numeric_limits<float>::min());
 }
 
 }  // namespace
@@ -42,7 +39,7 @@ float scale_of(const float* x, int64_t count) {
 int64_t Keys::elements() const {
   if (plain()) return width;
   const int64_t coded = width - kept;
-  return coded + 4 * ceil_div(coded, kGroup) + 2 * kept;
+  return coded + 4 * ceil_div(coded, kKeyGroup) + 2 * kept;
 }
 
 void Keys::store(int64_t slot, const float* x) const {
@@ -52,11 +49,11 @@ void Keys::store(int64_t slot, const float* x) const {
     std::transform(x, x + width, static_cast<uint16_t*>(data) + slot * width, float_to_bf16);
   } else {
     const Fp8Row row = row_at(*this, slot);
-    for (int64_t first = 0; first < row.coded; first += kGroup) {
-      const int64_t count = std::min(kGroup, row.coded - first);
+    for (int64_t first = 0; first < row.coded; first += kKeyGroup) {
+      const int64_t count = std::min(kKeyGroup, row.coded - first);
       const float scale = scale_of(x + first, count);
       for (int64_t i = first; i < first + count; i++) row.codes[i] = float_to_e4m3(x[i] / scale);
-      std::memcpy(row.scale(first / kGroup), &scale, 4);
+      std::memcpy(row.scale(first / kKeyGroup), &scale, 4);
     }
     for (int64_t i = 0; i < kept; i++) {
       const uint16_t value = float_to_bf16(x[row.coded + i]);
@@ -67,10 +64,10 @@ void Keys::store(int64_t slot, const float* x) const {
 
 void Keys::decode(const RowKernels& kernels, int64_t slot, float* x) const {
   const Fp8Row row = row_at(*this, slot);
-  for (int64_t first = 0; first < row.coded; first += kGroup) {
+  for (int64_t first = 0; first < row.coded; first += kKeyGroup) {
     float scale;
-    std::memcpy(&scale, row.scale(first / kGroup), 4);
-    kernels.widen(row.codes + first, std::min(kGroup, row.coded - first), scale, x + first);
+    std::memcpy(&scale, row.scale(first / kKeyGroup), 4);
+    kernels.widen(row.codes + first, std::min(kKeyGroup, row.coded - first), scale, x + first);
   }
   for (int64_t i = 0; i < kept; i++) {
     uint16_t value;

@@ -6,6 +6,8 @@
 
 namespace hetero {
 
+constexpr int64_t kKeyGroup = 128;  // values of an FP8 row under one scale
+
 enum class KeyType { fp32, bf16, fp8 };
 
 struct Keys {

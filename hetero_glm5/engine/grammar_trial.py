@@ -3,7 +3,7 @@
 The compiler recurses without a limit, and for some grammars of a few bytes its own limits do not hold: intersections,
 multiples of large numbers. A grammar is therefore tried in a process with little stack, memory and time; the one that
 serves compiles it again if that went well. The process is started when it is first needed. It runs this file alone, so
-that it is there within a tenth of a second, and ends with whoever started it.
+that it is there within a tenth of a second, and ends with whoever started it: what compiling needs stands here.
 """
 
 from __future__ import annotations

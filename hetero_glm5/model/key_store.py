@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 128  # values under one FP8 scale
-E4M3_MAX = 448.0
+from hetero_glm5 import _C
+
+GROUP = _C.KEY_GROUP  # values under one FP8 scale
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
